@@ -1,0 +1,235 @@
+"""Opens or resumes a study and runs one session of it, from the first control run to the reason it stopped."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness import agent
+from harness.errors import EndedEarly, UserError
+from harness.ledger import Ledger
+from harness.propose import OptunaProposer, PlaceboProposer, Proposer, check_shares, replay
+from harness.search import Search, baseline_event
+from harness.space import Budget, Space, load_space
+from harness.study import (
+    Describer,
+    StudyPaths,
+    check_resumable,
+    ensure_corpus,
+    freeze,
+    only_driver,
+    opened_event,
+)
+from harness.view import PLACEBO_ARM, StudyView
+from harness.worktree import Candidates, head_commit
+
+log = logging.getLogger("harness")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line adds to the search-space file; None leaves the file's value."""
+
+    study: str | None = None
+    hours: float | None = None
+    trials: int | None = None
+    usd: float | None = None
+    gpu_hours: float | None = None
+    proposers: dict[str, float] | None = None
+    resume: bool = False
+    dispatch: str = "ray"
+    ray_address: str | None = None
+    workers: int | None = None
+
+    def budget(self, space: Space) -> Budget:
+        given = {k: getattr(self, k) for k in ("hours", "trials", "usd", "gpu_hours")}
+        return space.budget.model_copy(update={k: v for k, v in given.items() if v is not None})
+
+
+def arm_shares(space: Space, budget: Budget, given: dict[str, float] | None) -> dict[str, float]:
+    """Shares of the arms, the placebos' added; the agent joins only with a way to call it and money.
+
+    Raises UserError for an unknown arm, or an agent asked for that cannot be called.
+    """
+    shares = dict(given if given is not None else space.proposers)
+    check_shares(shares, "--proposers" if given is not None else "[proposers]")
+    if shares.get("agent") and not (agent.available() and budget.usd > 0):
+        if given is not None:
+            raise UserError(
+                "--proposers agent: needs ANTHROPIC_API_KEY (or ANTHROPIC_BASE_URL) and a ceiling in --usd"
+            )
+        log.info(
+            "the agent is off: it needs ANTHROPIC_API_KEY or ANTHROPIC_BASE_URL, and a budget.usd above 0"
+        )
+        del shares["agent"]
+    if PLACEBO_ARM not in shares and (share := space.decision.placebo_share) > 0:
+        shares[PLACEBO_ARM] = sum(shares.values()) * share / (1 - share)
+    shares = {arm: share for arm, share in shares.items() if share > 0}
+    if not shares:
+        raise UserError("[proposers]: no arm is left to propose; give optuna or random a share")
+    return shares
+
+
+def run_search(space_file: Path, options: Options) -> tuple[StudyPaths, str]:
+    """One session. Returns the study's paths and why it stopped. Raises UserError, EndedEarly."""
+    space = load_space(space_file)
+    paths = StudyPaths(options.study or space.name)
+    with only_driver(paths), _log_to(paths.folder / "log.txt"):
+        ledger = Ledger(paths.ledger)
+        view = StudyView(ledger.poll())
+        if view.opened and not options.resume:
+            raise UserError(f"{paths.folder}: this study exists; go on with --resume or choose --study NAME")
+        if options.resume and not view.opened:
+            raise UserError(f"{paths.folder}: nothing to resume; search without --resume")
+        if view.opened:
+            check_resumable(view, space, str(space_file))
+        search, describer = _prepare(space_file, space, paths, ledger, view, options)
+        try:
+            with _signals(), progress(search):
+                if options.dispatch == "inline":
+                    from harness.dispatch import run_inline
+
+                    run_inline(search)
+                else:
+                    from harness.dispatch import run_ray
+
+                    run_ray(
+                        search,
+                        space.rungs[0],
+                        paths.folder / "ray",
+                        address=options.ray_address,
+                        workers=options.workers,
+                    )
+        except BaseException as error:
+            search.close(error)
+            raise
+        finally:
+            describer.close()
+        return paths, search.close()
+
+
+def _prepare(
+    space_file: Path, space: Space, paths: StudyPaths, ledger: Ledger, view: StudyView, options: Options
+) -> tuple[Search, Describer]:
+    """Everything that can be wrong is found here, before the first record is written."""
+    from harness.judge.score import judge_id
+
+    budget = options.budget(space)
+    shares = arm_shares(space, budget, options.proposers)
+    folder = ensure_corpus(space.metric.corpus)
+    trainer = Path(space.trainer)
+    if not trainer.exists():
+        raise UserError(
+            f"trainer = {space.trainer!r}: no such file in {Path.cwd()}; run where the trainer is"
+        )
+    candidates = Candidates.create(paths.folder, Path.cwd(), space.trainer)
+    checkout = candidates.checkout(candidates.base)
+    describer = Describer(space, checkout / candidates.trainer)
+    try:
+        if problem := describer.check(describer.baseline):
+            raise UserError(f"{space_file}: the baseline itself breaks its rules {problem}")
+        commit, dirty = head_commit(Path.cwd())
+        opened = opened_event(
+            space,
+            paths,
+            judge_id=judge_id(folder, space.metric.context, space.metric.eval_bytes),
+            commit=commit,
+            dirty=dirty,
+            base_commit=candidates.base,
+            trainer_sha256=describer.trainer_sha256,
+            dispatch=options.dispatch,
+            proposers=shares,
+            resumed=bool(view.opened),
+            budget=budget.model_dump(),
+        )
+        if view.opened:
+            for key in ("judge_id", "trainer_sha256"):
+                if view.opened[key] != opened[key]:
+                    raise UserError(
+                        f"{paths.folder}: {key} is {opened[key][:16]} now, the study was opened with "
+                        f"{view.opened[key][:16]}; scores would not be comparable: search with --study NEW"
+                    )
+            ledger.append(opened)
+        else:
+            freeze(paths, space_file)
+            first = baseline_event(describer, space, candidates.base)
+            ledger.append(opened, first)
+        for event in ledger.poll():
+            view.apply(event)
+        proposers = [_proposer(arm, space, paths, budget) for arm in shares]
+        for proposer in proposers:
+            replay(proposer, view)
+    except BaseException:
+        describer.close()
+        raise
+    return Search(paths, space, ledger, view, describer, candidates, proposers, shares, budget), describer
+
+
+def _proposer(arm: str, space: Space, paths: StudyPaths, budget: Budget) -> Proposer:
+    if arm == PLACEBO_ARM:
+        return PlaceboProposer()
+    if arm == "agent":
+        return agent.AgentProposer(space, Ledger(paths.ledger), budget.usd)
+    return OptunaProposer(space, arm, seed=int(space.sha256()[:8], 16))
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """SIGINT and SIGTERM end the session cleanly; what runs is repeated on --resume."""
+
+    def interrupt(number: int, frame: object) -> None:
+        for n in before:
+            signal.signal(n, signal.SIG_IGN)  # once is enough: the closing must not be cut short
+        raise EndedEarly(f"{signal.Signals(number).name}: stopped with everything saved; go on with --resume")
+
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    for n in before:
+        signal.signal(n, interrupt)
+    try:
+        yield
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+
+
+@contextmanager
+def _log_to(path: Path) -> Iterator[None]:
+    """One line an event, into the study's log; on the terminal a progress bar stands in for it."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(levelname).1s %(asctime)s %(message)s", "%H:%M:%S"))
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+
+
+@contextmanager
+def progress(search: Search) -> Iterator[None]:
+    """A bar over the night's hours on a terminal; nothing elsewhere, the log has the events."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from tqdm import tqdm
+
+    seconds = round(search.budget.hours * 3600)
+    shape = "{l_bar}{bar}| {elapsed} of " + f"{seconds / 3600:.2g} h{{postfix}}"
+    with tqdm(total=seconds, bar_format=shape, desc=search.paths.name, dynamic_ncols=True) as bar:
+        search.on_progress = lambda: _redraw(bar, search)
+        yield
+
+
+def _redraw(bar: object, search: Search) -> None:
+    view = search.view
+    bar.n = min(bar.total, round(search.elapsed_seconds()))
+    done = sum(t.over for t in view.trials.values())
+    scores = view.scores(view.incumbent, 0, "val")
+    best = f"{sum(scores.values()) / len(scores):.4f}" if scores else "–"
+    kept = len(view.incumbents) - 1
+    bar.set_postfix_str(f"{done} trials, {len(view.candidates) - 1} candidates, {kept} kept, bpb {best}")

@@ -1,0 +1,65 @@
+"""Does a keep hold at the next depth? First form: paired seeds against the study's baseline, an interval."""
+
+from __future__ import annotations
+
+from harness.stats import paired_interval
+from harness.view import StudyView, TrialState, seed_of, trial_id
+
+
+def entrants(view: StudyView, rung: int) -> list[str]:
+    """Candidates that climb to `rung`: the latest keeps, later only those that gained on the rung below."""
+    quota = view.space.rungs[rung - 1].promote
+    if rung == 1:
+        climbers = [c for c in reversed(view.incumbents) if c != view.baseline]
+    else:
+        won = [
+            e for e in view.promoted if e["rung"] == rung - 1 and e["delta"] is not None and e["delta"] > 0
+        ]
+        climbers = [e["candidate"] for e in sorted(won, key=lambda e: -e["delta"])]
+    if view.space.rungs[rung].review:
+        climbers = [c for c in climbers if view.reviews.get(c, {}).get("action") == "accept"]
+    climbers = [c for c in climbers if view.reviews.get(c, {}).get("action") != "reject"]
+    return climbers[:quota]
+
+
+def promotion_runs(view: StudyView) -> list[tuple[str, int, list[int]]]:
+    """(candidate, rung, seeds) that promotion wants: the entrant and the baseline on the same seeds."""
+    runs = []
+    decided = {(e["candidate"], e["rung"]) for e in view.promoted}
+    for rung in range(1, len(view.space.rungs)):
+        seeds = [seed_of(rung, i) for i in range(view.space.rungs[rung].seeds)]
+        climbers = [c for c in entrants(view, rung) if (c, rung) not in decided]
+        for candidate in climbers:
+            runs.append((candidate, rung, seeds))
+        if climbers:
+            runs.append((view.baseline, rung, seeds))
+    return runs
+
+
+def conclude(view: StudyView) -> list[dict]:
+    """`promoted` events for every promotion whose runs are all over."""
+    events = []
+    for candidate, rung, seeds in promotion_runs(view):
+        if candidate == view.baseline:
+            continue
+        ids = [[trial_id(c, rung, s) for s in seeds] for c in (candidate, view.baseline)]
+        trials = [[view.trials.get(i) for i in row] for row in ids]
+        if not all(t is not None and t.over for row in trials for t in row):
+            continue
+        done = [
+            s for s, a, b in zip(seeds, *trials, strict=True) if a.state == b.state == TrialState.COMPLETE
+        ]
+        event = {"event": "promoted", "candidate": candidate, "rung": rung, "against": view.baseline}
+        event |= {"depth": view.space.rungs[rung].depth, "n": len(done), "complete": len(done) == len(seeds)}
+        event |= {"trials": [trial_id(candidate, rung, s) for s in done]}
+        event |= {"control": [trial_id(view.baseline, rung, s) for s in done]}
+        if len(done) >= 2:
+            runs = [view.scores(c, rung, "val") for c in (view.baseline, candidate)]
+            control, mine = ({s: r[s] for s in done} for r in runs)
+            delta, se, low, high = paired_interval(control, mine)
+            reason = "gains" if low > 0 else "loses" if high < 0 else "undecided"
+            event |= {"delta": delta, "se": se, "low": low, "high": high, "reason": reason}
+        else:
+            event |= {"delta": None, "se": None, "low": None, "high": None, "reason": "its runs failed"}
+        events.append(event)
+    return events

@@ -1,0 +1,412 @@
+"""The night's driver: asks proposers, hands trials to a dispatcher, writes what happened, decides.
+
+Everything it knows comes from the ledger; killing it at any point loses no finished trial.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Callable
+
+from harness.errors import EndedEarly, UserError
+from harness.judge.corpus import corpus_folder
+from harness.ledger import Ledger
+from harness.promote import conclude, promotion_runs
+from harness.propose import Proposal, Proposer, arms_by_need
+from harness.schedule import Work, pending
+from harness.space import Budget, Space
+from harness.stats import decide
+from harness.study import Describer, StudyPaths, summary
+from harness.trial import TrialSpec
+from harness.view import BASELINE_ARM, FailureKind, StudyView, trial_id
+from harness.worktree import Candidates
+
+log = logging.getLogger("harness")
+
+MAX_REFUSALS_IN_A_ROW = 60  # no proposer finds anything new: the space is exhausted
+MAX_JUDGE_ATTEMPTS = 3
+PLACEBO_BLOCK = 1000  # a placebo's seeds lie in a block of its own, so they pair with nobody's
+PLACEBO_STRIDE = 50
+RESERVE_MARGIN = 1.3  # promotion is begun while this multiple of its expected time is left
+
+
+class Finished(Exception):
+    """No more work: every trial that was handed out is back and the reason is in the ledger."""
+
+
+class Search:
+    """One session of a study. The dispatcher calls `next_task` and `on_result`, in one thread."""
+
+    def __init__(
+        self,
+        paths: StudyPaths,
+        space: Space,
+        ledger: Ledger,
+        view: StudyView,
+        describer: Describer,
+        candidates: Candidates,
+        proposers: list[Proposer],
+        shares: dict[str, float],
+        budget: Budget,
+    ):
+        self.paths, self.space, self.ledger, self.view = paths, space, ledger, view
+        self.describer, self.candidates = describer, candidates
+        self.proposers = {p.arm: p for p in proposers}
+        self.shares, self.budget = shares, budget
+        self.slots = 1
+        self.on_progress: Callable[[], None] = lambda: None
+        self._flying: dict[str, TrialSpec] = {}
+        self._judge_attempts: dict[str, int] = {}
+        self._refusals = 0
+        self._stop: tuple[str, str] | None = None
+        self._before_seconds, self._started = view.elapsed_seconds(), time.monotonic()
+        self._corpus = corpus_folder(space.metric.corpus).resolve()
+
+    # ---- called by the dispatcher ----
+
+    def next_task(self) -> TrialSpec | None:
+        """The next trial to run, or None while there is nothing to start. Raises Finished at the end."""
+        self._catch_up()
+        self.on_progress()
+        if self._stop is None and len(self._flying) < self.slots:
+            work = next((w for w in self._pending() if w.trial not in self._flying), None)
+            if work is None and not self._promoting():
+                work = self._propose()
+            if work is not None and self._affordable(work):
+                return self._launch(work)
+            if work is None and not self._flying and self._refusals >= MAX_REFUSALS_IN_A_ROW:
+                self.stop("space-exhausted", "no proposer had anything new")
+        if self._stop is not None and not self._flying:
+            raise Finished
+        return None
+
+    def on_result(self, spec: TrialSpec, outcome: dict) -> None:
+        """Records what a worker brought back, then draws every conclusion that follows."""
+        self._flying.pop(spec.trial, None)
+        for judged in outcome["judged"]:
+            if judged["judge_id"] != self.view.opened["judge_id"]:
+                raise RuntimeError(
+                    f"{spec.trial} was scored by judge {judged['judge_id']}, the study has "
+                    f"{self.view.opened['judge_id']}: the workers see another corpus or another harness"
+                )
+        events = [{"event": "judged", **j} for j in outcome["judged"]]
+        if outcome["finished"]:
+            events.append({"event": "finished", **outcome["finished"]})
+        self._write(*events)
+        self._log_result(spec, outcome)
+        if not spec.train and outcome["failure"]:
+            self._judge_attempts[spec.trial] = self._judge_attempts.get(spec.trial, 0) + 1
+            if self._judge_attempts[spec.trial] >= MAX_JUDGE_ATTEMPTS:
+                raise RuntimeError(f"{spec.trial} cannot be judged on {', '.join(spec.splits)}")
+        self._catch_up()
+
+    def lost(self, spec: TrialSpec, detail: str) -> None:
+        """The worker died under the trial: a state, and another try."""
+        record = {
+            "trial": spec.trial,
+            "state": "FAIL",
+            "failure": FailureKind.LOST.value,
+            "detail": detail[:300],
+        }
+        record |= {"seconds": None, "log": f"trials/{spec.trial}/log.txt"}
+        self.on_result(
+            spec,
+            {"judged": [], "finished": record if spec.train else None, "failure": FailureKind.LOST.value},
+        )
+
+    def stop(self, reason: str, detail: str = "") -> None:
+        """No new trials from now on."""
+        if self._stop is None:
+            self._stop = (reason, detail)
+
+    def close(self, error: BaseException | None = None) -> str:
+        """Writes why the session ended. Returns the reason."""
+        for proposer in self.proposers.values():
+            proposer.close()
+        reason, detail = self._stop or ("finished", "")
+        if error is not None:
+            signal = isinstance(error, (EndedEarly, KeyboardInterrupt))
+            reason, detail = (
+                ("signal" if signal else "error"),
+                str(error).splitlines()[0] if str(error) else "",
+            )
+        self._write({"event": "stopped", "reason": reason, "detail": detail})
+        log.info("study %s stopped reason=%s %s", self.paths.name, reason, detail)
+        return reason
+
+    # ---- what is known ----
+
+    def elapsed_seconds(self) -> float:
+        return self._before_seconds + time.monotonic() - self._started
+
+    def _write(self, *events: dict) -> None:
+        if events:
+            self.ledger.append(*events)
+        self._read()
+
+    def _read(self) -> None:
+        """Folds new records in: our own and those that others wrote, a person's review for one."""
+        for event in self.ledger.poll():
+            self.view.apply(event)
+
+    def _catch_up(self) -> None:
+        """Writes the verdicts that are due, one by one: a keep changes what the next is measured against."""
+        self._read()
+        while event := self._conclusion():
+            self._write(event)
+            self._announce(event)
+
+    def _conclusion(self) -> dict | None:
+        failure = self.view.failed(self.view.baseline, 0)
+        if failure and self.view.incumbent == self.view.baseline:
+            raise UserError(
+                f"the baseline fails at depth {self.space.rungs[0].depth}: {failure.failure}: {failure.detail} "
+                f"(log: {self.paths.trial(failure.id) / 'log.txt'}); mend [baseline] and search with --study NEW"
+            )
+        for candidate in sorted(self.view.open.values(), key=lambda c: c.order):
+            if verdict := decide(self.view, candidate):
+                return verdict
+        return next(iter(conclude(self.view)), None)
+
+    def _announce(self, event: dict) -> None:
+        """Log line, git note, and word to the proposers once a candidate is decided."""
+        candidate = self.view.candidates[event["candidate"]]
+        what = event.get("verdict", "promoted")
+        log.info(
+            "candidate %s %s %s n=%d delta=%s z=%s arm=%s %s",
+            candidate.id, what, event.get("stage", f"depth={event.get('depth')}"), event["n"],
+            _signed(event.get("delta")), _signed(event.get("z"), 2), candidate.arm, event["reason"],
+        )  # fmt: skip
+        if candidate.id in self.view.open:
+            return
+        self.candidates.note(candidate.proposed["commit"], self._note(candidate.id))
+        if what == "promoted":
+            return
+        for proposer in self.proposers.values():
+            proposer.tell(self.view, candidate)
+        # Decided: nothing will be judged again from these weights.
+        self._drop_checkpoints(event["against"] if what == "keep" and not candidate.placebo else candidate.id)
+
+    def _note(self, candidate: str) -> str:
+        record = self.view.candidates[candidate]
+        lines = [
+            f"{v['verdict']} stage={v['stage']} n={v['n']} delta={_signed(v.get('delta'))} "
+            f"se={_signed(v.get('se'))} {v['reason']}"
+            for v in record.verdicts
+        ]
+        lines += [
+            f"promoted depth={e['depth']} n={e['n']} delta={_signed(e['delta'])} {e['reason']}"
+            for e in self.view.promoted
+            if e["candidate"] == candidate
+        ]
+        return "\n".join(lines)
+
+    def _drop_checkpoints(self, candidate: str) -> None:
+        for trial in self.view.trials_at[candidate, 0]:
+            (self.paths.trial(trial) / "checkpoint.pt").unlink(missing_ok=True)
+
+    # ---- what to run ----
+
+    def _pending(self) -> list[Work]:
+        promoting = self._promoting()
+        work = list(pending(self.view, promoting))
+        if promoting:  # what is left of the night belongs to promotion; undecided candidates stay undecided
+            work.sort(key=lambda w: w.purpose != "promotion")
+        return work
+
+    def _promoting(self) -> bool:
+        """Whether the promotions that are due would no longer fit if exploring went on."""
+        runs = [
+            (candidate, rung, seed)
+            for candidate, rung, seeds in promotion_runs(self.view)
+            for seed in seeds
+            if not self._over(trial_id(candidate, rung, seed))
+        ]
+        if not runs:
+            return False
+        if self._refusals >= MAX_REFUSALS_IN_A_ROW:
+            return True
+        seconds = [self._expected_seconds(rung) for _, rung, _ in runs]
+        need = RESERVE_MARGIN * sum(seconds) / self.slots + max(seconds)
+        if self.budget.hours * 3600 - self.elapsed_seconds() <= need:
+            return True
+        return self.budget.trials - self.view.num_started <= len(runs)
+
+    def _over(self, trial: str) -> bool:
+        return trial in self.view.trials and self.view.trials[trial].over
+
+    def _expected_seconds(self, rung: int) -> float:
+        """Median of the rung's trials; before there is one, the first rung's scaled by FLOPs."""
+        if seconds := self.view.seconds_at[rung]:
+            return statistics.median(seconds[-64:])
+        if rung == 0 or not self.view.seconds_at[0]:
+            return 0.0
+        facts = self.view.candidates[self.view.baseline].proposed["facts_by_rung"]
+        flops = [f["flops_per_token"] * r.tokens for f, r in zip(facts, self.space.rungs, strict=True)]
+        return statistics.median(self.view.seconds_at[0][-64:]) * flops[rung] / flops[0]
+
+    def _affordable(self, work: Work) -> bool:
+        """Whether the trial fits into every budget; if not, the night ends."""
+        expected = self._expected_seconds(work.rung) if work.train else 0.0
+        gpus = self.space.rungs[work.rung].gpus
+        if work.train and self.view.num_started >= self.budget.trials:
+            self.stop("budget-trials", f"{self.view.num_started} of {self.budget.trials} trainings")
+        elif self.elapsed_seconds() + expected > self.budget.hours * 3600:
+            self.stop("budget-hours", f"{self.elapsed_seconds() / 3600:.2f} of {self.budget.hours:g} h")
+        elif self.budget.gpu_hours is not None and gpus:
+            flying = sum(self._expected_seconds(s.rung) * s.gpus for s in self._flying.values())
+            used = (self.view.gpu_seconds + flying + expected * gpus) / 3600
+            if used > self.budget.gpu_hours:
+                self.stop("budget-gpu-hours", f"{used:.2f} of {self.budget.gpu_hours:g} GPU-hours")
+        return self._stop is None
+
+    def _launch(self, work: Work) -> TrialSpec:
+        rung, candidate = self.space.rungs[work.rung], self.view.candidates[work.candidate]
+        checkout = self.candidates.checkout(self.view.opened["base_commit"])
+        run = {"seed": work.seed, "depth": rung.depth, "tokens": rung.tokens, "corpus": str(self._corpus)}
+        run["device"] = "cuda" if rung.gpus else "cpu"
+        metric = self.space.metric
+        spec = TrialSpec(
+            trial=work.trial,
+            candidate=work.candidate,
+            rung=work.rung,
+            purpose=work.purpose,
+            config={**candidate.settings, **run},
+            trainer=str(checkout / self.candidates.trainer),
+            patched=False,
+            out=str(self.paths.trial(work.trial).resolve()),
+            train=work.train,
+            splits=work.splits,
+            corpus=str(self._corpus),
+            context=metric.context,
+            eval_bytes=metric.eval_bytes,
+            timeout_seconds=rung.timeout_seconds,
+            memory_mib=rung.memory_mib,
+            cpus=rung.cpus,
+            gpus=rung.gpus,
+        )
+        if work.train:
+            started = {
+                "event": "started",
+                "trial": work.trial,
+                "candidate": work.candidate,
+                "rung": work.rung,
+            }
+            started |= {
+                "seed": work.seed,
+                "depth": rung.depth,
+                "tokens": rung.tokens,
+                "purpose": work.purpose,
+            }
+            self._write(started)
+        self._flying[work.trial] = spec
+        return spec
+
+    # ---- proposals ----
+
+    def _propose(self) -> Work | None:
+        """Asks the arms in turn until one has something new; its first trial, or None."""
+        while self._refusals < MAX_REFUSALS_IN_A_ROW and self._stop is None:
+            for arm in arms_by_need(self.view, self.shares):
+                proposal = self.proposers[arm].ask(self.view, self.view.asked[arm])
+                if proposal is not None:
+                    break
+            else:
+                return None
+            if self._admit(proposal):
+                self._refusals = 0
+                return next((w for w in self._pending() if w.trial not in self._flying), None)
+            self._refusals += 1
+        return None
+
+    def _admit(self, proposal: Proposal) -> bool:
+        """Validates, counts, deduplicates and commits a proposal; what is refused is recorded with its kind."""
+        kind, detail, facts = "out_of_range", "", []
+        try:
+            settings = self.space.complete(proposal.overrides)
+            kind = "config"
+            facts = self.describer.facts(settings)
+            kind = "constraint"
+            detail = self.describer.check(facts) or ""
+        except UserError as error:
+            detail = str(error)
+        placebos = self.view.asked[proposal.arm] if proposal.placebo else None
+        if not detail:
+            candidate = self.describer.candidate_id(facts, placebos)
+            if candidate in self.view.candidates:
+                kind, detail = "duplicate", f"same resolved settings as {candidate}"
+        if detail:
+            rejected = {"event": "rejected", "arm": proposal.arm, "kind": kind, "detail": detail}
+            self._write(rejected | {"overrides": proposal.overrides, "call": proposal.call})
+            if kind != "out_of_range":
+                self.proposers[proposal.arm].refuse(proposal.overrides)
+            log.info("proposal refused arm=%s kind=%s %s", proposal.arm, kind, detail)
+            return False
+        self._write(self._proposed(proposal, candidate, settings, facts, placebos))
+        return True
+
+    def _proposed(
+        self, proposal: Proposal, candidate: str, settings: dict, facts: list[dict], placebos: int | None
+    ) -> dict:
+        parent = proposal.parent if proposal.parent in self.view.candidates else self.view.baseline
+        base = self.view.candidates[parent]
+        changed = {k: [base.settings[k], v] for k, v in settings.items() if base.settings[k] != v}
+        message = f"{proposal.arm}: {proposal.hypothesis or proposal.family}"
+        message += "".join(f"\n{k}: {old} -> {new}" for k, (old, new) in changed.items())
+        commit = self.candidates.commit(candidate, base.proposed["commit"], settings, message)
+        return {
+            "event": "proposed",
+            "candidate": candidate,
+            "arm": proposal.arm,
+            "settings": settings,
+            "changed": changed,
+            "parent": parent,
+            "against": self.view.incumbent,
+            "hypothesis": proposal.hypothesis,
+            "family": proposal.family,
+            "expected_effect": proposal.expected_effect,
+            "expected_slope": proposal.expected_slope,
+            "trainer_sha256": self.describer.trainer_sha256,
+            "commit": commit,
+            "placebo": proposal.placebo,
+            "seed_block": PLACEBO_BLOCK + PLACEBO_STRIDE * placebos if proposal.placebo else 0,
+            "call": proposal.call,
+            **summary(facts),
+        }
+
+    def _log_result(self, spec: TrialSpec, outcome: dict) -> None:
+        trial = self.view.trials[spec.trial]
+        scores = " ".join(f"{j['split']}_bpb={j['bpb']:.4f}" for j in outcome["judged"])
+        if outcome["failure"]:
+            log.warning("trial %s FAIL kind=%s %s", spec.trial, outcome["failure"], trial.detail)
+        else:
+            log.info("trial %s complete %s purpose=%s", spec.trial, scores, spec.purpose)
+
+
+def baseline_event(describer: Describer, space: Space, commit: str) -> dict:
+    """The baseline is candidate zero."""
+    return {
+        "event": "proposed",
+        "candidate": describer.candidate_id(describer.baseline),
+        "arm": BASELINE_ARM,
+        "settings": space.complete({}),
+        "changed": {},
+        "parent": None,
+        "against": None,
+        "hypothesis": "the baseline",
+        "family": "",
+        "expected_effect": None,
+        "expected_slope": None,
+        "trainer_sha256": describer.trainer_sha256,
+        "commit": commit,
+        "placebo": False,
+        "seed_block": 0,
+        "call": None,
+        **summary(describer.baseline),
+    }
+
+
+def _signed(value: float | None, digits: int = 4) -> str:
+    return "-" if value is None else f"{value:+.{digits}f}"

