@@ -214,8 +214,9 @@ def resolve_experts(c: SimpleNamespace) -> None:
 
 
 def resolve_windows(c: SimpleNamespace) -> None:
-    """Settle window and stride. ASSUMPTION: num_experts and half of it, so neighbours overlap by a half."""
-    size, num_blocks = c.num_universal, -(-c.depth // c.layers_per_window)
+    """Settle window and stride. ASSUMPTION: num_experts and half of it, so that neighbours overlap by a half;
+    more where some expert would be left unseen."""
+    size, num_groups = c.num_universal, -(-c.depth // c.layers_per_window)
     if size == 0:
         c.topology, c.window, c.stride, c.layers_per_window, c.wrap = "none", 0, 0, 1, True
         c.ramp, c.balance_scope, c.pool_lr_divisor = "none", "joint", 0.0
@@ -223,17 +224,19 @@ def resolve_windows(c: SimpleNamespace) -> None:
     require(c.layers_per_window <= c.depth, c, "layers_per_window", f"exceeds depth={c.depth}")
     require(c.wrap or c.topology == "ring", c, "wrap", "only topology=ring can do without")
     if c.topology == "blocks":
-        require(size % num_blocks == 0, c, "num_universal", f"must be a multiple of {num_blocks} blocks")
-    block = size // num_blocks
+        require(size % num_groups == 0, c, "num_universal", f"must be a multiple of {num_groups} blocks")
+    block = size // num_groups
     fixed = {"full": (size, 0), "blocks": (block, block), "random": (c.window, 0)}.get(c.topology, ())
     for key, value in zip(("window", "stride"), fixed, strict=False):
         require(
             getattr(c, key) in (-1, value), c, key, f"topology={c.topology} makes it {value}; leave it out"
         )
         setattr(c, key, value)
-    c.window = min(size, c.num_experts) if c.window == -1 else c.window
+    if c.window == -1:
+        c.window = min(size, max(c.num_experts, -(-size // num_groups)))
     require(1 <= c.window <= size, c, "window", f"must lie in [1, num_universal={size}]")
-    c.stride = max(1, c.window // 2) if c.stride == -1 else c.stride
+    if c.stride == -1:
+        c.stride = max(1, c.window // 2, -(-(size - c.window) // max(1, num_groups - 1)))
 
 
 def check_visibility(c: SimpleNamespace) -> None:
@@ -728,7 +731,7 @@ def orthogonalize(g: Tensor) -> Tensor:
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-7)
     for a, b, c in POLAR:
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(g.dtype)
 
 

@@ -105,12 +105,8 @@ def last_spends(view: StudyView) -> list[Event]:
 
 def cost(view: StudyView) -> Section:
     trials, calls = list(view.trials.values()), last_spends(view)
-    seconds = {"cpu": [], "gpu": []}
-    for t in trials:
-        if t.finished:
-            device = "cpu" if str(t.finished.get("device", "cpu")).startswith("cpu") else "gpu"
-            seconds[device].append(t.finished.get("seconds") or 0.0)
-    budget = view.opened.get("budget") or {}
+    on_cpu = [t.finished.get("seconds") or 0.0 for t in trials if t.finished and not t.finished.get("gpus")]
+    budget = [e for e in view.sessions if e["event"] == "opened"][-1].get("budget") or {}
 
     def number(name: str, value: float | int | None, form: str) -> Number:
         return Number(value, form, f"cost/{name}")
@@ -120,12 +116,15 @@ def cost(view: StudyView) -> Section:
         return number(f"usd/{phase}", sum(found) if found else None, ".3f")
 
     states = Counter(str(t.state) for t in trials)
-    hours = sum(seconds["gpu"]) / 3600 if seconds["gpu"] else None
     rows: list[tuple[str, Line, Line]] = [
         ("trainings", (number("trainings", len(trials), ",d"),), _limit(budget, "trials")),
         *((f"… {s}", (number(s, states[s], ",d"),), ("–",)) for s in TrialState if states[s]),
-        ("CPU seconds of trials", (number("cpu", _sum(seconds["cpu"]), ",.0f"),), ("–",)),
-        ("GPU hours of trials", (number("gpu_hours", hours, ",.3f"),), _limit(budget, "gpu_hours")),
+        ("CPU seconds of trials", (number("cpu", _sum(on_cpu), ",.0f"),), ("–",)),
+        (
+            "GPU hours of trials",
+            (number("gpu_hours", view.gpu_seconds / 3600 or None, ",.3f"),),
+            _limit(budget, "gpu_hours"),
+        ),
         (
             "wall hours",
             (number("wall_hours", view.elapsed_seconds() / 3600, ",.2f"),),
@@ -176,7 +175,7 @@ def every_trial(view: StudyView) -> Section:
         f = t.finished
 
         state = str(t.failure) if t.state == TrialState.FAIL else t.state.lower()
-        seconds = Number(f.get("train_seconds"), ",.1f", f"trial/{t.id}/train_seconds", (t.id,))
+        seconds = Number(f.get("train_seconds"), ",.1f", f"seconds/{t.id}", (t.id,))
         arm = view.candidates[t.candidate].arm
         rows.append(
             (

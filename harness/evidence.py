@@ -16,7 +16,7 @@ Facts = dict[str, float | int | None]
 Scores = dict[
     tuple[str, int, str], dict[int, float]
 ]  # (settings' owner, rung, split) -> seed -> bits per byte
-ANY_STATE = ("price", "failures")  # what these count, failed trials may be part of
+ANY_STATE = ("price", "failures", "seconds")  # what these count, failed trials may be part of
 
 
 def recheck(view: StudyView, report: Report) -> list[str]:
@@ -115,9 +115,11 @@ def _measured(view: StudyView, scores: Scores) -> Facts:
         for name, q in (("low", 0.025), ("high", 0.975)):
             found[f"control/{rung}/{name}"] = sd and sd * math.sqrt((n - 1) / float(chi2.isf(q, n - 1)))
         if noise:
-            found |= zip(
-                (f"noise/{rung}/{x}" for x in ("sigma", "df", "rho")), (math.sqrt(noise[0]), *noise[1:])
-            )
+            found |= {
+                f"noise/{rung}/sigma": noise[0] ** 0.5,
+                f"noise/{rung}/df": noise[1],
+                f"noise/{rung}/rho": noise[2],
+            }
         for (owner, r, split), runs in scores.items():
             if (r, split) == (rung, "val"):
                 found |= _row(view, owner, rung, runs, control, noise)
@@ -236,7 +238,7 @@ def _counted(view: StudyView) -> Facts:
     for c in candidates:
         mine = [t for t in trials if t.candidate == c.id]
         found[f"price/{c.id}/trainings"] = len(mine)
-        found[f"price/{c.id}/seconds"] = math.fsum(t.finished.get("seconds", 0.0) for t in mine)
+        found[f"price/{c.id}/seconds"] = math.fsum(t.finished.get("seconds") or 0.0 for t in mine)
         for name in ("params_total", "params_active"):
             found[f"facts/{c.id}/{name}"] = c.proposed.get("facts", {}).get(name)
     for t in trials:
@@ -244,7 +246,7 @@ def _counted(view: StudyView) -> Facts:
             found[f"trial/{t.id}/{split}"] = (
                 t.scores.get(split) if t.finished.get("state") == "COMPLETE" else None
             )
-        found[f"trial/{t.id}/train_seconds"] = t.finished.get("train_seconds")
+        found[f"seconds/{t.id}"] = t.finished.get("train_seconds")
     return found
 
 
@@ -252,14 +254,9 @@ def _spent(view: StudyView) -> Facts:
     trials, calls = view.trials.values(), {e["call"]: e for e in view.spends}.values()
     found: Facts = {"cost/trainings": len(trials)}
     found |= {f"cost/{state}": n for state, n in Counter(str(t.state) for t in trials).items()}
-    seconds = {True: [], False: []}
-    for t in trials:
-        if t.finished:
-            seconds[t.finished.get("device", "cpu").startswith("cpu")].append(
-                t.finished.get("seconds") or 0.0
-            )
-    found["cost/cpu"] = math.fsum(seconds[True]) if seconds[True] else None
-    found["cost/gpu_hours"] = math.fsum(seconds[False]) / 3600 if seconds[False] else None
+    on_cpu = [t.finished["seconds"] or 0.0 for t in trials if t.finished and not t.finished.get("gpus")]
+    found["cost/cpu"] = math.fsum(on_cpu) if on_cpu else None
+    found["cost/gpu_hours"] = view.gpu_seconds / 3600 if view.gpu_seconds else None
     found["cost/wall_hours"] = view.elapsed_seconds() / 3600
     for phase in ("settled", "reserved"):
         usd = [e["usd"] for e in calls if e["phase"] == phase]

@@ -28,10 +28,8 @@ NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 
 def svg(figure: Figure) -> str:
     """The figure as a self-contained SVG document in light colours."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import figure as plotting
+    from matplotlib import rc_context
 
     style = {
         "svg.hashsalt": figure.name,
@@ -48,13 +46,12 @@ def svg(figure: Figure) -> str:
         "axes.spines.top": False,
         "axes.spines.right": False,
     }
-    with pyplot.rc_context(style):
+    with rc_context(style):
         draw, size = (_progress, (5.2, 3.4)) if isinstance(figure.data, Progress) else (_paired, (5.2, 1.6))
-        canvas, axes = pyplot.subplots(figsize=size, layout="constrained")
-        draw(axes, figure.data)
+        canvas = plotting.Figure(figsize=size, layout="constrained")
+        draw(canvas.subplots(), figure.data)
         out = io.StringIO()
         canvas.savefig(out, format="svg", metadata=NO_METADATA)
-        pyplot.close(canvas)
     return out.getvalue()
 
 

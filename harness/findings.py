@@ -38,7 +38,7 @@ def outcome(view: StudyView, running: bool) -> Line:
         return ("1 change confirmed: val ", start, " → ", end, " bpb, ", *gain, " fresh runs.")
     head: Line = (
         Number(len(keeps), "d", "keeps"),
-        " changes confirmed, one upon the other: val ",
+        " changes confirmed, each against the one before: val ",
         start,
         " → ",
     )
@@ -153,7 +153,7 @@ def _review(view: StudyView, c: Candidate) -> Line:
 
 
 def _price(view: StudyView, c: Candidate) -> Line:
-    seconds = sum(view.trials[t].finished.get("seconds", 0.0) for t in c.trials)
+    seconds = sum(view.trials[t].finished.get("seconds") or 0.0 for t in c.trials)
     trainings = Number(len(c.trials), "d", f"price/{c.id}/trainings", tuple(c.trials))
     return (
         "Price: ",
@@ -204,7 +204,7 @@ def _candidates_table(view: StudyView, chosen: list[tuple[Candidate, int]]) -> T
         rows.append(
             (
                 (Code(c.id),),
-                changes(view, c, c.against or view.baseline),
+                changes(view, c, c.verdicts[i]["against"]),
                 (shown.z,),
                 (shown.delta, " ± ", shown.se),
                 (shown.n,),
@@ -213,7 +213,16 @@ def _candidates_table(view: StudyView, chosen: list[tuple[Candidate, int]]) -> T
                 (plain(c.proposed.get("hypothesis") or "–"),),
             )
         )
-    columns = ("candidate", "changes", "z", "gain ± se, bpb", "n", "state", "arm", "hypothesis")
+    columns = (
+        "candidate",
+        "changes to the incumbent",
+        "z",
+        "gain ± se, bpb",
+        "n",
+        "state",
+        "arm",
+        "hypothesis",
+    )
     return Table(columns, tuple(rows))
 
 

@@ -91,10 +91,14 @@ def _smallest(view: StudyView) -> Line:
         return Number(rule.keep[i] * (1 + 1.5 / noise.df) * se + rule.min_gain, ".4f", f"needed/{i}")
 
     last = len(rule.looks) - 1
-    return (
-        f"To go to an audit a change must show, over n = {rule.looks[0]}, a gain of ",
-        *(needed(0), f" bpb, over n = {rule.looks[last]}, of ", needed(last), ". Smaller ones stay unseen."),
+    line: Line = (
+        "To go to an audit a change must show a gain of ",
+        needed(0),
+        f" bpb at n = {rule.looks[0]}",
     )
+    if last:
+        line += (", or of ", needed(last), f" bpb at n = {rule.looks[last]}")
+    return (*line, "; smaller effects stay unseen.")
 
 
 def _false_keeps(view: StudyView) -> Line:
@@ -157,14 +161,14 @@ def progress(view: StudyView) -> Section:
 def leaderboards(view: StudyView) -> Section:
     blocks = []
     for r, rung in enumerate(view.space.rungs):
-        ranked = [
-            (m.value, c, m)
-            for c in view.candidates.values()
-            if not c.placebo and (m := mean(view, c.id, r)).value is not None
-        ]
-        ranked.sort(key=lambda row: (row[0], row[1].order))
+        means = [(c, mean(view, c.id, r)) for c in view.candidates.values() if not c.placebo]
+        ranked = sorted((pair for pair in means if pair[1].value is not None), key=lambda pair: pair[1].value)
         if ranked:
-            rows = tuple(_row(view, r, i, c, m) for i, (_, c, m) in enumerate(ranked[:LEADERS]))
+            rows = tuple(
+                _row(view, r, i, c, score)
+                for i, (c, score) in enumerate(ranked, 1)
+                if i <= LEADERS or c.id == view.baseline
+            )
             columns = (
                 "#",
                 "candidate",
@@ -202,7 +206,7 @@ def _row(view: StudyView, rung: int, rank: int, c: Candidate, score: Number) -> 
     verdict = c.arm if c.id == view.baseline else verdict_name(c.last) if c.last else str(c.status)
     key = f"{c.id}/{rung}"
     return (
-        (str(rank + 1),),
+        (str(rank),),
         (Code(c.id),),
         changes(view, c, view.baseline) if c.id != view.baseline else ("–",),
         (score, " ± ", Number(se, ".4f", f"se/{key}", score.trials)),

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness import agent
+from harness.admission import Admission, Describer
+from harness.dispatch import run_inline
 from harness.errors import EndedEarly, UserError
 from harness.ledger import Ledger
 from harness.propose import OptunaProposer, PlaceboProposer, Proposer, check_shares, replay
-from harness.search import Search, baseline_event
+from harness.search import Search
 from harness.space import Budget, Space, load_space
 from harness.study import (
-    Describer,
     StudyPaths,
     check_resumable,
     ensure_corpus,
@@ -92,19 +93,12 @@ def run_search(space_file: Path, options: Options) -> tuple[StudyPaths, str]:
         try:
             with _signals(), progress(search):
                 if options.dispatch == "inline":
-                    from harness.dispatch import run_inline
-
                     run_inline(search)
                 else:
-                    from harness.dispatch import run_ray
+                    from harness.cluster import run_ray  # two seconds of import
 
-                    run_ray(
-                        search,
-                        space.rungs[0],
-                        paths.folder / "ray",
-                        address=options.ray_address,
-                        workers=options.workers,
-                    )
+                    where = {"address": options.ray_address, "workers": options.workers}
+                    run_ray(search, space.rungs, paths.folder / "ray", **where)
         except BaseException as error:
             search.close(error)
             raise
@@ -133,6 +127,7 @@ def _prepare(
     try:
         if problem := describer.check(describer.baseline):
             raise UserError(f"{space_file}: the baseline itself breaks its rules {problem}")
+        admission = Admission(space, describer, candidates)
         commit, dirty = head_commit(Path.cwd())
         opened = opened_event(
             space,
@@ -157,8 +152,7 @@ def _prepare(
             ledger.append(opened)
         else:
             freeze(paths, space_file)
-            first = baseline_event(describer, space, candidates.base)
-            ledger.append(opened, first)
+            ledger.append(opened, admission.baseline())
         for event in ledger.poll():
             view.apply(event)
         proposers = [_proposer(arm, space, paths, budget) for arm in shares]
@@ -167,7 +161,7 @@ def _prepare(
     except BaseException:
         describer.close()
         raise
-    return Search(paths, space, ledger, view, describer, candidates, proposers, shares, budget), describer
+    return Search(paths, space, ledger, view, admission, candidates, proposers, shares, budget), describer
 
 
 def _proposer(arm: str, space: Space, paths: StudyPaths, budget: Budget) -> Proposer:

@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from harness.admission import Describer
 from harness.errors import UserError
 from harness.space import Budget, Param, Rung, Setting, Settings, Space, load_space
-from harness.study import Describer, ensure_corpus
+from harness.study import ensure_corpus
 from harness.trial import Failure, TrialRunner, TrialSpec, read_metrics
 
 DRAWS = 64  # random candidates that tell how much of the space the constraints leave

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from difflib import SequenceMatcher
-from itertools import zip_longest
-from os.path import commonprefix
+from itertools import takewhile, zip_longest
 from pathlib import Path
 
 from harness import accounts, findings, measures, render
@@ -20,8 +19,14 @@ from harness.view import StudyView
 
 
 def build(view: StudyView) -> Report:
-    """Everything the report shows, as plain data; each number names the trials it comes from."""
-    assert view.incumbents, "the ledger holds no baseline yet"
+    """Everything the report shows, as plain data; each number names the trials it comes from.
+
+    Raises UserError for a ledger without a baseline.
+    """
+    if not view.incumbents:
+        raise UserError(
+            "the ledger holds no baseline yet, so there is nothing to report; start the search first"
+        )
     ended = view.sessions[-1] if view.sessions[-1]["event"] == "stopped" else None
     return Report(
         study=view.opened["study"],
@@ -115,7 +120,10 @@ def _disagreements(stands: str, wanted: str) -> Iterator[str]:
         if tag == "equal":
             continue
         for i, (old, new) in enumerate(zip_longest(have[a:b], want[c:d])):
-            start = max(0, len(commonprefix((old or "", new or ""))) - 30)
+            same = sum(
+                1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(old or "", new or "", strict=False))
+            )
+            start = max(0, same - 30)
             excerpts = ("nothing" if t is None else repr(t[start : start + 70]) for t in (old, new))
             yield "{}: {} stands there, the ledger gives {}".format(a + i + 1, *excerpts)
 

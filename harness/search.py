@@ -10,6 +10,8 @@ import statistics
 import time
 from collections.abc import Callable
 
+from harness.admission import Admission, Refusal
+from harness.dispatch import Finished
 from harness.errors import EndedEarly, UserError
 from harness.judge.corpus import corpus_folder
 from harness.ledger import Ledger
@@ -18,22 +20,16 @@ from harness.propose import Proposal, Proposer, arms_by_need
 from harness.schedule import Work, pending
 from harness.space import Budget, Space
 from harness.stats import decide
-from harness.study import Describer, StudyPaths, summary
+from harness.study import StudyPaths
 from harness.trial import TrialSpec
-from harness.view import BASELINE_ARM, FailureKind, StudyView, trial_id
+from harness.view import FailureKind, StudyView, trial_id
 from harness.worktree import Candidates
 
 log = logging.getLogger("harness")
 
 MAX_REFUSALS_IN_A_ROW = 60  # no proposer finds anything new: the space is exhausted
 MAX_JUDGE_ATTEMPTS = 3
-PLACEBO_BLOCK = 1000  # a placebo's seeds lie in a block of its own, so they pair with nobody's
-PLACEBO_STRIDE = 50
 RESERVE_MARGIN = 1.3  # promotion is begun while this multiple of its expected time is left
-
-
-class Finished(Exception):
-    """No more work: every trial that was handed out is back and the reason is in the ledger."""
 
 
 class Search:
@@ -45,14 +41,14 @@ class Search:
         space: Space,
         ledger: Ledger,
         view: StudyView,
-        describer: Describer,
+        admission: Admission,
         candidates: Candidates,
         proposers: list[Proposer],
         shares: dict[str, float],
         budget: Budget,
     ):
         self.paths, self.space, self.ledger, self.view = paths, space, ledger, view
-        self.describer, self.candidates = describer, candidates
+        self.admission, self.candidates = admission, candidates
         self.proposers = {p.arm: p for p in proposers}
         self.shares, self.budget = shares, budget
         self.slots = 1
@@ -322,59 +318,23 @@ class Search:
         return None
 
     def _admit(self, proposal: Proposal) -> bool:
-        """Validates, counts, deduplicates and commits a proposal; what is refused is recorded with its kind."""
-        kind, detail, facts = "out_of_range", "", []
+        """Makes a candidate of the proposal, or records with its kind why not."""
         try:
-            settings = self.space.complete(proposal.overrides)
-            kind = "config"
-            facts = self.describer.facts(settings)
-            kind = "constraint"
-            detail = self.describer.check(facts) or ""
-        except UserError as error:
-            detail = str(error)
-        placebos = self.view.asked[proposal.arm] if proposal.placebo else None
-        if not detail:
-            candidate = self.describer.candidate_id(facts, placebos)
-            if candidate in self.view.candidates:
-                kind, detail = "duplicate", f"same resolved settings as {candidate}"
-        if detail:
-            rejected = {"event": "rejected", "arm": proposal.arm, "kind": kind, "detail": detail}
+            event = self.admission.candidate(self.view, proposal)
+        except Refusal as refusal:
+            rejected = {
+                "event": "rejected",
+                "arm": proposal.arm,
+                "kind": refusal.kind,
+                "detail": str(refusal),
+            }
             self._write(rejected | {"overrides": proposal.overrides, "call": proposal.call})
-            if kind != "out_of_range":
+            if refusal.in_range:
                 self.proposers[proposal.arm].refuse(proposal.overrides)
-            log.info("proposal refused arm=%s kind=%s %s", proposal.arm, kind, detail)
+            log.info("proposal refused arm=%s kind=%s %s", proposal.arm, refusal.kind, refusal)
             return False
-        self._write(self._proposed(proposal, candidate, settings, facts, placebos))
+        self._write(event)
         return True
-
-    def _proposed(
-        self, proposal: Proposal, candidate: str, settings: dict, facts: list[dict], placebos: int | None
-    ) -> dict:
-        parent = proposal.parent if proposal.parent in self.view.candidates else self.view.baseline
-        base = self.view.candidates[parent]
-        changed = {k: [base.settings[k], v] for k, v in settings.items() if base.settings[k] != v}
-        message = f"{proposal.arm}: {proposal.hypothesis or proposal.family}"
-        message += "".join(f"\n{k}: {old} -> {new}" for k, (old, new) in changed.items())
-        commit = self.candidates.commit(candidate, base.proposed["commit"], settings, message)
-        return {
-            "event": "proposed",
-            "candidate": candidate,
-            "arm": proposal.arm,
-            "settings": settings,
-            "changed": changed,
-            "parent": parent,
-            "against": self.view.incumbent,
-            "hypothesis": proposal.hypothesis,
-            "family": proposal.family,
-            "expected_effect": proposal.expected_effect,
-            "expected_slope": proposal.expected_slope,
-            "trainer_sha256": self.describer.trainer_sha256,
-            "commit": commit,
-            "placebo": proposal.placebo,
-            "seed_block": PLACEBO_BLOCK + PLACEBO_STRIDE * placebos if proposal.placebo else 0,
-            "call": proposal.call,
-            **summary(facts),
-        }
 
     def _log_result(self, spec: TrialSpec, outcome: dict) -> None:
         trial = self.view.trials[spec.trial]
@@ -383,29 +343,6 @@ class Search:
             log.warning("trial %s FAIL kind=%s %s", spec.trial, outcome["failure"], trial.detail)
         else:
             log.info("trial %s complete %s purpose=%s", spec.trial, scores, spec.purpose)
-
-
-def baseline_event(describer: Describer, space: Space, commit: str) -> dict:
-    """The baseline is candidate zero."""
-    return {
-        "event": "proposed",
-        "candidate": describer.candidate_id(describer.baseline),
-        "arm": BASELINE_ARM,
-        "settings": space.complete({}),
-        "changed": {},
-        "parent": None,
-        "against": None,
-        "hypothesis": "the baseline",
-        "family": "",
-        "expected_effect": None,
-        "expected_slope": None,
-        "trainer_sha256": describer.trainer_sha256,
-        "commit": commit,
-        "placebo": False,
-        "seed_block": 0,
-        "call": None,
-        **summary(describer.baseline),
-    }
 
 
 def _signed(value: float | None, digits: int = 4) -> str:

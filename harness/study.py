@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
-import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -15,13 +13,10 @@ from typing import Any
 from harness import __version__
 from harness.errors import UserError
 from harness.ledger import Ledger, write_atomic
-from harness.space import RUN_FIELDS, Settings, Space, canonical
-from harness.trial import Failure, TrialRunner
+from harness.space import Space
 from harness.view import StudyView
 
 RUNS, REPORTS = Path("runs"), Path("reports")
-ID_CHARS = 12
-FACTS = ("params_total", "params_active", "params_unique_experts", "flops_per_token", "virtual_width")
 
 
 @dataclass(frozen=True)
@@ -108,57 +103,6 @@ def ensure_corpus(source: str) -> Path:
     except ValueError as error:
         raise UserError(f"metric.corpus = {source!r}: {error}") from None
     return folder
-
-
-class Describer:
-    """Asks a trainer for its counts at every rung; memoised by settings."""
-
-    def __init__(self, space: Space, trainer: Path):
-        self._space, self._trainer = space, trainer
-        self._runner = TrialRunner()
-        self._scratch = tempfile.TemporaryDirectory(prefix="moue-")
-        self.trainer_sha256 = hashlib.sha256(trainer.read_bytes()).hexdigest()
-        self.baseline = self.facts(dict(space.baseline))
-
-    def facts(self, settings: Settings) -> list[dict[str, Any]]:
-        """One answer of `--describe` per rung. Raises UserError with the trainer's own words."""
-        answers = []
-        for rung in self._space.rungs:
-            config = {**settings, "depth": rung.depth, "tokens": rung.tokens}
-            try:
-                answers.append(self._runner.describe(self._trainer, config, Path(self._scratch.name)))
-            except Failure as failure:
-                raise UserError(f"{self._trainer.name} at depth {rung.depth}: {failure.detail}") from None
-        return answers
-
-    def check(self, facts: list[dict[str, Any]]) -> str | None:
-        """The first constraint or matched budget that does not hold at some rung."""
-        for answer, base in zip(facts, self.baseline, strict=True):
-            problem = self._space.broken(answer["config"], answer, base)
-            if problem:
-                return f"at depth {answer['config']['depth']}: {problem}"
-        return None
-
-    def candidate_id(self, facts: list[dict[str, Any]], placebo: int | None = None) -> str:
-        """Hash of the resolved settings at every rung and of the trainer; the seed is no part of it."""
-        resolved = [
-            {k: v for k, v in answer["config"].items() if k not in RUN_FIELDS - {"depth"}} for answer in facts
-        ]
-        content = canonical({"settings": resolved, "trainer": self.trainer_sha256, "placebo": placebo})
-        return hashlib.sha256(content.encode()).hexdigest()[:ID_CHARS]
-
-    def close(self) -> None:
-        self._runner.close()
-        self._scratch.cleanup()
-
-
-def summary(facts: list[dict[str, Any]]) -> dict[str, Any]:
-    """The counts that the ledger keeps of a candidate: whole at the first rung, the totals above."""
-    first = {key: facts[0].get(key) for key in FACTS}
-    return {
-        "facts": first,
-        "facts_by_rung": [{key: f.get(key) for key in FACTS[:4]} for f in facts],
-    }
 
 
 def opened_event(

@@ -356,13 +356,22 @@ def test_a_fault_of_its_own_ends_only_this_arm(study):
 
 
 def test_close_returns_while_a_call_hangs_and_its_reservation_stays(study):
-    s = study(Answer({}, delay_seconds=600), timeout_seconds=600)
+    released = threading.Event()
+
+    def hang(_: dict[str, Any]) -> Answer:
+        released.wait(60)
+        return GOOD
+
+    s = study(hang, timeout_seconds=60)
     s.ask()
     s.wait(lambda: s.server.requests)
     closer = threading.Thread(target=s.agent.close)
     closer.start()
     closer.join(10)
     assert not closer.is_alive()
+    released.set()  # the reply comes after all, and is left alone
+    s.agent._thread.join(20)
+    assert not s.agent._thread.is_alive() and s.ask() is None
     assert len(s.spends("reserved")) == 1 and not s.spends()
 
 

@@ -107,7 +107,7 @@ def make_study(user: Path, folder: Path) -> Study:
         {"event": "opened", **opened},
         proposed(candidates, BASE, None, 0.1, arm="baseline"),
         proposed(candidates, FIRST, BASE, 0.2),
-        *(e for c in (BASE, FIRST, LOST) for e in started(c, 0) if c != LOST),
+        *(e for c in (BASE, FIRST) for e in started(c, 0)),
         keep(FIRST, BASE, 0.0291),
         proposed(candidates, SECOND, FIRST, 0.2),
         proposed(candidates, OPEN, FIRST, 0.3),

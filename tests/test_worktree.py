@@ -162,14 +162,17 @@ def test_create_names_a_missing_trainer(tmp_path: Path, user: Path) -> None:
 
 
 def test_an_inherited_git_dir_does_not_mislead(
-    tmp_path: Path, user: Path, candidates: Candidates, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, user: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = git(user, "for-each-ref")
-    monkeypatch.setenv("GIT_DIR", str(user / ".git"))
-    monkeypatch.setenv("GIT_INDEX_FILE", str(user / ".git" / "index"))
-    commit = candidates.commit(NAME, None, SETTINGS, "m")
-    candidates.checkout(commit)
-    assert git(user, "for-each-ref") == before
+    other = tmp_path / "other"
+    git(tmp_path, "init", "-q", "other")
+    head = git(user, "rev-parse", "HEAD").decode().strip()
+    monkeypatch.setenv("GIT_DIR", str(other / ".git"))
+    monkeypatch.setenv("GIT_WORK_TREE", str(other))
+    monkeypatch.setenv("GIT_INDEX_FILE", str(other / ".git" / "index"))
+    assert head_commit(user)[0] == head
+    assert Candidates.create(tmp_path / "study", user / "code", "train.py").trainer == "code/train.py"
+    assert not (other / ".git" / "index").exists()
 
 
 # ---- commit, note, diff ----
@@ -386,6 +389,23 @@ def test_killed_at_any_moment_then_works(tmp_path: Path, user: Path, whole_group
         assert not [p for p in (study / "repo.git").rglob("*.lock") if "index" not in p.name]
         assert_sound(Candidates(study))
     assert interrupted > 3
+
+
+def test_a_git_process_that_outlives_its_harness_keeps_the_lock(candidates: Candidates) -> None:
+    begun, ended = candidates.repo / "begun", candidates.repo / "ended"
+
+    def work() -> None:
+        with candidates._alone() as run:
+            run("-c", f"alias.nap=!touch {begun}; sleep 0.5; touch {ended}", "nap")
+
+    process = in_process(work)
+    while not begun.exists():
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert not ended.exists()
+    candidates.prune()
+    assert ended.exists()
 
 
 def test_a_dead_lock_file_is_no_obstacle(candidates: Candidates) -> None:

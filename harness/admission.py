@@ -1,0 +1,139 @@
+"""From a proposal to a candidate: validated, counted, deduplicated and committed, or refused with a kind."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from harness.errors import UserError
+from harness.propose import Proposal
+from harness.space import RUN_FIELDS, Settings, Space, canonical
+from harness.trial import Failure, TrialRunner
+from harness.view import BASELINE_ARM, StudyView
+from harness.worktree import Candidates
+
+ID_CHARS = 12
+TOTALS = ("params_total", "params_active", "params_unique_experts", "flops_per_token")
+PLACEBO_BLOCK = 1000  # a placebo's seeds lie in a block of its own, so they pair with nobody's
+PLACEBO_STRIDE = 50
+
+
+class Refusal(Exception):
+    """Why a proposal is not run; `in_range` says whether its values at least lie in the space."""
+
+    def __init__(self, kind: str, detail: str, in_range: bool = True):
+        super().__init__(detail)
+        self.kind, self.in_range = kind, in_range
+
+
+class Describer:
+    """Asks a trainer for its counts at every rung; memoised by settings."""
+
+    def __init__(self, space: Space, trainer: Path):
+        self._space, self._trainer = space, trainer
+        self._runner = TrialRunner()
+        self._scratch = tempfile.TemporaryDirectory(prefix="moue-")
+        self.trainer_sha256 = hashlib.sha256(trainer.read_bytes()).hexdigest()
+        self.baseline = self.facts(dict(space.baseline))
+
+    def facts(self, settings: Settings) -> list[dict[str, Any]]:
+        """One answer of `--describe` per rung. Raises UserError with the trainer's own words."""
+        answers = []
+        for rung in self._space.rungs:
+            config = {**settings, "depth": rung.depth, "tokens": rung.tokens}
+            try:
+                answers.append(self._runner.describe(self._trainer, config, Path(self._scratch.name)))
+            except Failure as failure:
+                raise UserError(f"{self._trainer.name} at depth {rung.depth}: {failure.detail}") from None
+        return answers
+
+    def check(self, facts: list[dict[str, Any]]) -> str | None:
+        """The first constraint or matched budget that does not hold at some rung."""
+        for answer, base in zip(facts, self.baseline, strict=True):
+            problem = self._space.broken(answer["config"], answer, base)
+            if problem:
+                return f"at depth {answer['config']['depth']}: {problem}"
+        return None
+
+    def candidate_id(self, facts: list[dict[str, Any]], placebo: int | None = None) -> str:
+        """Hash of the resolved settings at every rung and of the trainer; the seed is no part of it."""
+        resolved = [
+            {k: v for k, v in answer["config"].items() if k not in RUN_FIELDS - {"depth"}} for answer in facts
+        ]
+        content = canonical({"settings": resolved, "trainer": self.trainer_sha256, "placebo": placebo})
+        return hashlib.sha256(content.encode()).hexdigest()[:ID_CHARS]
+
+    def close(self) -> None:
+        self._runner.close()
+        self._scratch.cleanup()
+
+
+class Admission:
+    """The door of one study."""
+
+    def __init__(self, space: Space, describer: Describer, candidates: Candidates):
+        self._space, self._describer, self._candidates = space, describer, candidates
+
+    def baseline(self) -> dict:
+        """Candidate zero as a `proposed` record."""
+        facts = self._describer.baseline
+        proposal = Proposal(BASELINE_ARM, {}, hypothesis="the baseline")
+        record = self._record(proposal, self._describer.candidate_id(facts), self._space.complete({}), facts)
+        return record | {"parent": None, "against": None, "changed": {}, "commit": self._candidates.base}
+
+    def candidate(self, view: StudyView, proposal: Proposal) -> dict:
+        """The `proposed` record of a new candidate, whose commit is made. Raises Refusal."""
+        settings, facts = self._resolve(proposal)
+        number = view.asked[proposal.arm] if proposal.placebo else None
+        candidate = self._describer.candidate_id(facts, number)
+        if candidate in view.candidates:
+            raise Refusal("duplicate", f"same resolved settings as {candidate}")
+        parent = proposal.parent if proposal.parent in view.candidates else view.baseline
+        base = view.candidates[parent]
+        changed = {k: [base.settings[k], v] for k, v in settings.items() if base.settings[k] != v}
+        message = f"{proposal.arm}: {proposal.hypothesis or proposal.family}\n"
+        message += "".join(f"\n{k}: {old} -> {new}" for k, (old, new) in changed.items())
+        commit = self._candidates.commit(candidate, base.proposed["commit"], settings, message)
+        record = self._record(proposal, candidate, settings, facts)
+        record |= {"parent": parent, "against": view.incumbent, "changed": changed, "commit": commit}
+        if number is not None:
+            record["seed_block"] = PLACEBO_BLOCK + PLACEBO_STRIDE * number
+        return record
+
+    def _resolve(self, proposal: Proposal) -> tuple[Settings, list[dict]]:
+        try:
+            settings = self._space.complete(proposal.overrides)
+        except UserError as error:
+            raise Refusal("out_of_range", str(error), in_range=False) from None
+        try:
+            facts = self._describer.facts(settings)
+        except UserError as error:
+            raise Refusal("config", str(error)) from None
+        if problem := self._describer.check(facts):
+            raise Refusal("constraint", problem)
+        return settings, facts
+
+    def _record(self, proposal: Proposal, candidate: str, settings: Settings, facts: list[dict]) -> dict:
+        return {
+            "event": "proposed",
+            "candidate": candidate,
+            "arm": proposal.arm,
+            "settings": settings,
+            "hypothesis": proposal.hypothesis,
+            "family": proposal.family,
+            "expected_effect": proposal.expected_effect,
+            "expected_slope": proposal.expected_slope,
+            "trainer_sha256": self._describer.trainer_sha256,
+            "placebo": proposal.placebo,
+            "seed_block": 0,
+            "call": proposal.call,
+            **summary(facts),
+        }
+
+
+def summary(facts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The counts that the ledger keeps of a candidate: whole at the first rung, the totals above."""
+    first = {key: facts[0].get(key) for key in (*TOTALS, "virtual_width")}
+    return {"facts": first, "facts_by_rung": [{key: f.get(key) for key in TOTALS} for f in facts]}
