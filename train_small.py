@@ -143,13 +143,17 @@ def derived_batch_tokens(tokens: int, seq_len: int) -> int:
     return min(num_rows, max(1, tokens // seq_len)) * seq_len
 
 
+class Mistake(ValueError):
+    """What the user can mend, in one line; a ValueError of any other kind is a crash."""
+
+
 def require(holds: bool, config: Any, key: str, remedy: str) -> None:
     if not holds:
-        raise ValueError(f"{key}={getattr(config, key)!r}: {remedy}")
+        raise Mistake(f"{key}={getattr(config, key)!r}: {remedy}")
 
 
 def check_fields(config: TrainConfig) -> None:
-    """Raise ValueError on a value of the wrong type, outside its range or not among its choices."""
+    """Raise Mistake on a value of the wrong type, outside its range or not among its choices."""
     for spec in fields(config):
         value, meta = getattr(config, spec.name), spec.metadata
         typed = type(value) is spec.type or (spec.type is float and type(value) is int)
@@ -165,7 +169,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     """The same run with every derived (-1) setting filled in; idempotent.
 
     Settings that mean nothing without a pool get one neutral value, so that equal models have equal configs.
-    Raises ValueError, in one line with the remedy, for a value or a combination that cannot be trained.
+    Raises Mistake, in one line with the remedy, for a value or a combination that cannot be trained.
     """
     check_fields(config)
     c = SimpleNamespace(**{spec.name: spec.type(getattr(config, spec.name)) for spec in fields(config)})
@@ -326,10 +330,10 @@ def uelb_loss(
     """
     exposure_S = exposure(connectivity_LS).to(prob_LS.dtype)
     load_S, prob_S = load_LS.detach().sum(0), prob_LS.sum(0)
-    seen_S = (exposure_S > 0).to(prob_LS.dtype)
-    safe_S = exposure_S.clamp_min(torch.finfo(prob_LS.dtype).tiny ** 0.25)
+    seen_S = exposure_S > 0
+    safe_S = torch.where(seen_S, exposure_S, 1)  # the load of an unseen expert is 0
     norm = (seen_S * safe_S**exposure_power).sum()
-    return alpha * (seen_S * safe_S ** (exposure_power - 2) * load_S * prob_S).sum() / norm
+    return alpha * (safe_S ** (exposure_power - 2) * load_S * prob_S).sum() / norm
 
 
 def balance_loss(config: TrainConfig, load_LS: Tensor, prob_LS: Tensor, edges_LS: Tensor) -> Tensor:
@@ -362,14 +366,19 @@ def count_params(config: TrainConfig) -> dict[str, int]:
 
 
 def _count(c: Any) -> dict[str, int]:
-    vocab, expert = VOCAB_SIZE[c.vocab] + 1, 2 * c.model_dim * c.expert_dim
-    moe = c.ffn == "moe"
-    routers = c.model_dim * int(_edges(c).sum()) if moe else 0
-    stored = (c.depth * c.num_local + c.num_universal) * expert
-    always = c.depth * (4 * c.model_dim**2 + expert * (c.num_shared if moe else c.num_shared + c.top_k))
-    active = always + routers + (c.depth * c.top_k * expert if moe else 0) + vocab * c.model_dim
-    total = always + routers + stored + 2 * vocab * c.model_dim
+    vocab, expert, edges_LS = VOCAB_SIZE[c.vocab] + 1, 2 * c.model_dim * c.expert_dim, _edges(c)
+    stored = edges_LS.shape[1] * expert
+    always = 4 * c.depth * c.model_dim**2 + c.model_dim * (
+        int(edges_LS.sum()) + vocab
+    )  # attention, router, head
+    active = always + c.depth * (c.num_shared + c.top_k) * expert
+    total = always + c.depth * num_always(c) * expert + stored + vocab * c.model_dim
     return {"total": total, "active": active, "unique_experts": stored}
+
+
+def num_always(c: Any) -> int:
+    """Experts' worth of a layer's MLP that every token uses: the whole of a dense layer."""
+    return c.num_shared + (c.top_k if c.ffn == "dense" else 0)
 
 
 def flops_per_token(config: TrainConfig) -> int:
@@ -585,10 +594,9 @@ class Block(nn.Module):
     def __init__(self, config: TrainConfig, visible: list[int]):
         super().__init__()
         self.attention = Attention(config)
-        moe = config.ffn == "moe"
-        self.moe = MoE(config, visible) if moe else None
-        always = config.num_shared if moe else config.num_shared + config.top_k
-        self.mlp = MLP(config.model_dim, always * config.expert_dim) if always else None
+        self.moe = MoE(config, visible) if config.ffn == "moe" else None
+        hidden_dim = num_always(config) * config.expert_dim
+        self.mlp = MLP(config.model_dim, hidden_dim) if hidden_dim else None
 
     def forward(self, x_BTD: Tensor, factor: Tensor, banks, open_E) -> tuple[Tensor, Routing | None]:
         x_BTD = x_BTD + self.attention(Norm.apply(x_BTD), factor)
@@ -602,26 +610,21 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """The model. Stored experts are two banks of (in, out) matrices, the layers' own and the pool's; layers hold
-    no copies. Raises ValueError for a config that cannot be trained."""
+    no copies. Raises Mistake for a config that cannot be trained."""
 
     def __init__(self, config: TrainConfig):
         super().__init__()
         self.config = c = resolve(config)
         vocab = VOCAB_SIZE[c.vocab] + 1
         self.embed = nn.Parameter(torch.empty(vocab, c.model_dim))
-        edges_LS = _edges(c)
-        self.edges_LS = edges_LS  # stays on the CPU, so that reading it never waits for a device
-        self.blocks = nn.ModuleList(Block(c, row.nonzero().flatten().tolist()) for row in edges_LS)
-        banks = {"local": c.depth * c.num_local, "pool": c.num_universal}
-        for name, size in banks.items():
-            if size:
-                self.register_parameter(
-                    f"{name}_in", nn.Parameter(torch.empty(size, c.model_dim, c.expert_dim))
-                )
-                self.register_parameter(
-                    f"{name}_out", nn.Parameter(torch.empty(size, c.expert_dim, c.model_dim))
-                )
-        self.bank_names = [name for name, size in banks.items() if size]
+        self.edges_LS = _edges(c)  # stays on the CPU, so that reading it never waits for a device
+        self.blocks = nn.ModuleList(Block(c, row.nonzero().flatten().tolist()) for row in self.edges_LS)
+        sizes = {"local": c.depth * c.num_local, "pool": c.num_universal}
+        self.bank_names = [name for name, size in sizes.items() if size]
+        for name in self.bank_names:
+            shape = (sizes[name], c.model_dim, c.expert_dim)
+            self.register_parameter(f"{name}_in", nn.Parameter(torch.empty(shape)))
+            self.register_parameter(f"{name}_out", nn.Parameter(torch.empty(shape).mT.contiguous()))
         self.head = nn.Parameter(torch.empty(vocab, c.model_dim))
         for name, param in self.named_parameters():
             init_param(name, param, c.seed)
@@ -651,7 +654,7 @@ class GPT(nn.Module):
 def init_param(name: str, param: Tensor, seed: int) -> None:
     """Each parameter draws from a stream of its own name and seed, so that models that differ in one part start
     equal in all others. Scales: nanochat."""
-    stream = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+    stream = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     with torch.no_grad():
         if name == "embed":
             param.normal_(generator=stream)
@@ -762,10 +765,10 @@ class Muon:
 
 def make_optimizers(model: GPT) -> list[AdamW | Muon]:
     groups = parameter_groups(model)
-    chosen = (
-        (make, [g for g in groups if g.kind == kind]) for kind, make in (("adamw", AdamW), ("muon", Muon))
-    )
-    return [make(group) for make, group in chosen if group]
+    by_kind = {
+        make: [g for g in groups if g.kind == kind] for kind, make in (("adamw", AdamW), ("muon", Muon))
+    }
+    return [make(chosen) for make, chosen in by_kind.items() if chosen]
 
 
 def schedule(config: TrainConfig, progress: float) -> float:
@@ -812,6 +815,17 @@ class Rows:
         begins[:, 0] = True
         inputs_BT[begins] = self.corpus.bos
         return torch.from_numpy(inputs_BT), torch.from_numpy(targets_BT)
+
+
+def load_rows(config: TrainConfig) -> Rows:
+    from harness.judge.corpus import load_train
+
+    require(config.corpus != "", config, "corpus", "none named; run `harness prepare` and give its folder")
+    try:
+        corpus = load_train(Path(config.corpus).expanduser())
+    except (ValueError, OSError) as error:
+        raise Mistake(f"corpus={config.corpus}: {error}") from None
+    return Rows(corpus, config)
 
 
 # --- Training --------------------------------------------------------------------------------------------
@@ -913,7 +927,7 @@ def tell(text: str, *, passing: bool = False) -> None:
 def pick_device(name: str) -> torch.device:
     has_cuda = torch.cuda.is_available()
     if name == "cuda" and not has_cuda:
-        raise ValueError("device=cuda: no such device here; use device=cpu or device=auto")
+        raise Mistake("device=cuda: no such device here; use device=cpu or device=auto")
     return torch.device("cuda" if has_cuda and name != "cpu" else "cpu")
 
 
@@ -932,17 +946,16 @@ def save_checkpoint(path: Path, model: GPT, step: int) -> None:
 def train(config: TrainConfig, out: Path) -> None:
     """Train and write out/metrics.jsonl and out/checkpoint.pt.
 
-    Raises ValueError or FileNotFoundError before anything is written, then Diverged, Collapsed or a memory error.
+    Raises Mistake before anything is written, then Diverged, Collapsed or a memory error.
     """
-    from harness.judge.corpus import load_train
-
     c = resolve(config)
-    require(c.corpus != "", c, "corpus", "none named; run `harness prepare` and give its folder")
-    device = pick_device(c.device)
-    rows = Rows(load_train(Path(c.corpus).expanduser()), c)
+    device, rows = pick_device(c.device), load_rows(c)
     model = GPT(c).to(device)
     optimizers, watch, num_steps = make_optimizers(model), Watch(c), c.tokens // c.batch_tokens
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Mistake(f"--out {out}: {error.strerror}; name another folder") from None
     size = f"depth {c.depth}, width {c.model_dim}, {_count(c)['total']:,} parameters"
     tell(f"training {size}: {num_steps} steps of {c.batch_tokens} tokens on {device.type}")
     gc.collect()
@@ -984,6 +997,8 @@ def metrics_line(
 
 
 def load_model(checkpoint: Path, device: torch.device) -> GPT:
+    if not checkpoint.is_file():
+        raise Mistake(f"--logits {checkpoint}: no such file; give a checkpoint.pt")
     saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
     model = GPT(TrainConfig(**saved["config"]))
     model.load_state_dict(saved["model"])
@@ -993,10 +1008,10 @@ def load_model(checkpoint: Path, device: torch.device) -> GPT:
 def serve_logits(checkpoint: Path) -> None:
     """Answer requests until the end of input. Request: uint32 B, T and B*T int32 ids, little-endian; answer:
     uint32 B, T, V and B*T*V float32. Every edge is open, nothing is carried from one request to the next."""
-    answers = os.fdopen(os.dup(1), "wb")
+    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever prints to stdout now cannot corrupt the channel
     device = pick_device("auto")
-    model, requests = load_model(checkpoint, device), sys.stdin.buffer
+    model = load_model(checkpoint, device)
     while head := requests.read(8):
         shape = struct.unpack("<II", head)
         body = requests.read(4 * shape[0] * shape[1])
@@ -1011,37 +1026,37 @@ def serve_logits(checkpoint: Path) -> None:
 
 
 def parse_setting(item: str) -> tuple[str, Any]:
-    """("depth", 2) from "depth=2", typed as the field is; ValueError if it cannot be."""
+    """("depth", 2) from "depth=2", typed as the field is; Mistake if it cannot be."""
     key, equals, text = item.partition("=")
     if not equals:
-        raise ValueError(f"{item}: not understood; write settings as key=value")
+        raise Mistake(f"{item}: not understood; write settings as key=value")
     kind = {spec.name: spec.type for spec in fields(TrainConfig)}.get(key, str)
     try:
         return key, {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
     except (ValueError, KeyError):
-        raise ValueError(f"{item}: must be of type {kind.__name__}") from None
+        raise Mistake(f"{item}: must be of type {kind.__name__}") from None
 
 
 def read_config(path: Path | None, depth: int | None, items: list[str]) -> TrainConfig:
-    """The file's settings, then --depth, then key=value items; ValueError for what is not a setting."""
+    """The file's settings, then --depth, then key=value items; Mistake for what is not a setting."""
     try:
         values = json.loads(path.read_text()) if path else {}
         values |= {"depth": depth} if depth is not None else {}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"--config {path}: must be one flat JSON object of settings ({error})") from None
+    except (ValueError, TypeError, OSError) as error:
+        raise Mistake(f"--config {path}: must be one flat JSON object of settings ({error})") from None
     values |= dict(map(parse_setting, items))
     known = [spec.name for spec in fields(TrainConfig)]
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
             remedy = f"did you mean {near[0]}?" if near else "see --help for the settings"
-            raise ValueError(f"{key}={values[key]!r}: no such setting; {remedy}")
+            raise Mistake(f"{key}={values[key]!r}: no such setting; {remedy}")
     return TrainConfig(**values)
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        raise ValueError(f"{message}; see --help")
+        raise Mistake(f"{message}; see --help")
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -1072,7 +1087,7 @@ def run(args: argparse.Namespace) -> None:
     elif args.out:
         train(config, args.out)
     else:
-        raise ValueError("--out: missing; say where the run goes with --out DIR")
+        raise Mistake("--out: missing; say where the run goes with --out DIR")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -1087,7 +1102,7 @@ def main(argv: list[str]) -> int:
         return 0
     except SystemExit as leaving:  # --help
         return int(leaving.code or 0)
-    except (ValueError, FileNotFoundError) as error:
+    except Mistake as error:
         code, text = 2, str(error)
     except Diverged as error:
         code, text = 3, str(error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from harness.document import (
+    LONGEST_CELL,
     Bullets,
     Code,
     Line,
@@ -68,7 +69,7 @@ def failures(view: StudyView) -> Section:
                 (kind,),
                 (Number(len(trials), "d", f"failures/{kind}", tuple(t.id for t in trials)),),
                 (Code(trials[0].id),),
-                (plain(trials[0].detail) or "–",),
+                (plain(trials[0].detail, LONGEST_CELL) or "–",),
                 (Code(trials[0].finished["log"]) if trials[0].finished.get("log") else "–",),
             )
             for kind, trials in sorted(failed.items())
@@ -91,7 +92,7 @@ def _rejections(view: StudyView) -> Table | Prose:
             (kind,),
             (Number(len(events), "d", f"rejected/{kind}"),),
             (join([(arm,) for arm in dict.fromkeys(e["arm"] for e in events)], ", ")),
-            (plain(events[0]["detail"]) or "–",),
+            (plain(events[0]["detail"], LONGEST_CELL) or "–",),
         )
         for kind, events in sorted(kinds.items())
     )
@@ -105,7 +106,7 @@ def last_spends(view: StudyView) -> list[Event]:
 
 def cost(view: StudyView) -> Section:
     trials, calls = list(view.trials.values()), last_spends(view)
-    on_cpu = [t.finished.get("seconds") or 0.0 for t in trials if t.finished and not t.finished.get("gpus")]
+    on_cpu = [t.seconds for t in trials if t.finished and not t.finished.get("gpus")]
     budget = [e for e in view.sessions if e["event"] == "opened"][-1].get("budget") or {}
 
     def number(name: str, value: float | int | None, form: str) -> Number:

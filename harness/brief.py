@@ -41,7 +41,10 @@ def system_text(space: Space) -> str:
     ]
     constraints = [c.expr + (f" ({c.why})" if c.why else "") for c in space.constraints]
     constraints += [f"{key} within {space.match.tolerance:.1%} of the baseline's" for key in space.match.hold]
-    return _template("system.md").render(space=space, parameters=parameters, constraints=constraints)
+    fixed = json.dumps({k: v for k, v in space.baseline.items() if k not in space.params}, ensure_ascii=False)
+    return _template("system.md").render(
+        space=space, parameters=parameters, constraints=constraints, fixed=fixed
+    )
 
 
 def brief_text(view: StudyView, arm: str, made: Iterable[Settings] = ()) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,16 @@ from harness.errors import EndedEarly, UserError
 
 EARLY = ("budget-hours", "budget-trials", "budget-gpu-hours", "signal")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+class Amount(click.FloatRange):
+    """A finite number within the range."""
+
+    def convert(self, value: Any, *place: Any) -> float:
+        amount = super().convert(value, *place)
+        if not math.isfinite(amount):
+            self.fail(f"{value!r} is not a finite number.", *place)
+        return amount
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -76,10 +87,10 @@ def plan(space: Path, as_json: bool) -> None:
 @cli.command()
 @click.argument("space", type=click.Path(path_type=Path))
 @click.option("--study", help="Name of the study; the space's own name without it.")
-@click.option("--hours", type=click.FloatRange(min=0, min_open=True))
+@click.option("--hours", type=Amount(min=0, min_open=True))
 @click.option("--trials", type=click.IntRange(min=1), help="Trainings, at most.")
-@click.option("--usd", type=click.FloatRange(min=0), help="Ceiling for API calls.")
-@click.option("--gpu-hours", type=click.FloatRange(min=0, min_open=True))
+@click.option("--usd", type=Amount(min=0), help="Ceiling for API calls.")
+@click.option("--gpu-hours", type=Amount(min=0, min_open=True))
 @click.option("--proposers", help="Shares, as in optuna=0.6,agent=0.3,random=0.1.")
 @click.option("--resume", is_flag=True, help="Go on with a study that was ended or killed.")
 @click.option("--dispatch", type=click.Choice(["ray", "inline"]), default="ray", show_default=True)

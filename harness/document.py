@@ -8,6 +8,7 @@ from typing import Any
 
 MISSING = "–"
 LONGEST_TEXT = 400  # characters of a stranger's text that are shown
+LONGEST_CELL = 140  # in a table
 
 
 @dataclass(frozen=True)
@@ -138,10 +139,10 @@ def walk(node: Any, kind: type) -> Iterator[Any]:
             yield from walk(child, kind)
 
 
-def plain(text: str) -> str:
+def plain(text: str, longest: int = LONGEST_TEXT) -> str:
     """A stranger's text on one line: no line breaks, no control or direction characters, not endless."""
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 1] + "…"
+    return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 def compact(trials: Iterable[str]) -> list[str]:

@@ -127,7 +127,7 @@ def _measured(view: StudyView, scores: Scores) -> Facts:
     for i, n in enumerate(rule.looks):
         if noise and m:
             se = math.sqrt(noise[0] * ((1 - noise[2] ** 2) / n + (1 - noise[2]) ** 2 / m))
-            found[f"needed/{i}"] = rule.min_gain + rule.keep[i] * (1 + 1.5 / noise[1]) * se
+            found[f"needed/{i}"] = rule.keep[i] * (1 + 1.5 / noise[1]) * se
     ends = [scores.get((c, 0, "audit"), {}) for c in (base, view.incumbent)]
     return found | _paired("whole", *ends)
 
@@ -180,7 +180,6 @@ def _verdict(view: StudyView, e: Event) -> Facts:
     if "delta" not in e or not runs or not control:
         return found | dict.fromkeys(("delta", "se", "z", "low", "high"))
     delta, se = _gain(runs, control, e["sigma"] ** 2, e["rho"])
-    delta -= view.space.decision.min_gain
     half = _t(e["df"]) * se
     return found | {"delta": delta, "se": se, "z": delta / se, "low": delta - half, "high": delta + half}
 
@@ -238,7 +237,7 @@ def _counted(view: StudyView) -> Facts:
     for c in candidates:
         mine = [t for t in trials if t.candidate == c.id]
         found[f"price/{c.id}/trainings"] = len(mine)
-        found[f"price/{c.id}/seconds"] = math.fsum(t.finished.get("seconds") or 0.0 for t in mine)
+        found[f"price/{c.id}/seconds"] = math.fsum(t.seconds for t in mine)
         for name in ("params_total", "params_active"):
             found[f"facts/{c.id}/{name}"] = c.proposed.get("facts", {}).get(name)
     for t in trials:
@@ -254,7 +253,7 @@ def _spent(view: StudyView) -> Facts:
     trials, calls = view.trials.values(), {e["call"]: e for e in view.spends}.values()
     found: Facts = {"cost/trainings": len(trials)}
     found |= {f"cost/{state}": n for state, n in Counter(str(t.state) for t in trials).items()}
-    on_cpu = [t.finished["seconds"] or 0.0 for t in trials if t.finished and not t.finished.get("gpus")]
+    on_cpu = [t.seconds for t in trials if t.finished and not t.finished.get("gpus")]
     found["cost/cpu"] = math.fsum(on_cpu) if on_cpu else None
     found["cost/gpu_hours"] = view.gpu_seconds / 3600 if view.gpu_seconds else None
     found["cost/wall_hours"] = view.elapsed_seconds() / 3600

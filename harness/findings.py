@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from harness.document import (
+    LONGEST_CELL,
     Bullets,
     Chip,
     Code,
@@ -153,7 +154,7 @@ def _review(view: StudyView, c: Candidate) -> Line:
 
 
 def _price(view: StudyView, c: Candidate) -> Line:
-    seconds = sum(view.trials[t].finished.get("seconds") or 0.0 for t in c.trials)
+    seconds = sum(view.trials[t].seconds for t in c.trials)
     trainings = Number(len(c.trials), "d", f"price/{c.id}/trainings", tuple(c.trials))
     return (
         "Price: ",
@@ -210,7 +211,7 @@ def _candidates_table(view: StudyView, chosen: list[tuple[Candidate, int]]) -> T
                 (shown.n,),
                 (Chip(state),),
                 (c.arm,),
-                (plain(c.proposed.get("hypothesis") or "–"),),
+                (plain(c.proposed.get("hypothesis") or "–", LONGEST_CELL),),
             )
         )
     columns = (

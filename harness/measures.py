@@ -88,7 +88,7 @@ def _smallest(view: StudyView) -> Line:
     def needed(i: int) -> Number:
         n = rule.looks[i]
         se = math.sqrt(noise.variance * ((1 - noise.rho**2) / n + (1 - noise.rho) ** 2 / m))
-        return Number(rule.keep[i] * (1 + 1.5 / noise.df) * se + rule.min_gain, ".4f", f"needed/{i}")
+        return Number(rule.keep[i] * (1 + 1.5 / noise.df) * se, ".4f", f"needed/{i}")
 
     last = len(rule.looks) - 1
     line: Line = (
@@ -167,7 +167,7 @@ def leaderboards(view: StudyView) -> Section:
             rows = tuple(
                 _row(view, r, i, c, score)
                 for i, (c, score) in enumerate(ranked, 1)
-                if i <= LEADERS or c.id == view.baseline
+                if i <= LEADERS or c.id in view.incumbents
             )
             columns = (
                 "#",

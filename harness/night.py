@@ -21,6 +21,7 @@ from harness.space import Budget, Space, load_space
 from harness.study import (
     StudyPaths,
     check_resumable,
+    clear_false_start,
     ensure_corpus,
     freeze,
     only_driver,
@@ -121,6 +122,8 @@ def _prepare(
         raise UserError(
             f"trainer = {space.trainer!r}: no such file in {Path.cwd()}; run where the trainer is"
         )
+    if not view.opened:
+        clear_false_start(paths)
     candidates = Candidates.create(paths.folder, Path.cwd(), space.trainer)
     checkout = candidates.checkout(candidates.base)
     describer = Describer(space, checkout / candidates.trainer)
@@ -149,10 +152,9 @@ def _prepare(
                         f"{paths.folder}: {key} is {opened[key][:16]} now, the study was opened with "
                         f"{view.opened[key][:16]}; scores would not be comparable: search with --study NEW"
                     )
-            ledger.append(opened)
         else:
             freeze(paths, space_file)
-            ledger.append(opened, admission.baseline())
+        ledger.append(opened, *([] if view.incumbents else [admission.baseline()]))
         for event in ledger.poll():
             view.apply(event)
         proposers = [_proposer(arm, space, paths, budget) for arm in shares]

@@ -141,7 +141,8 @@ def _draw(param: Param, rng: random.Random) -> Setting:
             0, int((param.high - param.low) // (param.step or 1))
         )
     if param.step:
-        return param.low + param.step * rng.randint(0, int((param.high - param.low) / param.step + 1e-9))
+        index = rng.randint(0, int((param.high - param.low) / param.step + 1e-9))
+        return min(param.high, param.low + param.step * index)
     if param.log:
         return param.low * (param.high / param.low) ** rng.random()
     return rng.uniform(param.low, param.high)

@@ -7,19 +7,20 @@ from harness.view import StudyView, TrialState, seed_of, trial_id
 
 
 def entrants(view: StudyView, rung: int) -> list[str]:
-    """Candidates that climb to `rung`: the latest keeps, later only those that gained on the rung below."""
-    quota = view.space.rungs[rung - 1].promote
+    """Candidates that climb to `rung`, at most its quota: those already on it, then the latest keeps.
+
+    Above the second rung only those climb that gained on the rung below; a refusal of a person's bars the way.
+    """
+    there = [c for c in view.incumbents[1:] if view.trials_at.get((c, rung))]
     if rung == 1:
-        climbers = [c for c in reversed(view.incumbents) if c != view.baseline]
+        ready = view.incumbents[:0:-1]
     else:
-        won = [
-            e for e in view.promoted if e["rung"] == rung - 1 and e["delta"] is not None and e["delta"] > 0
-        ]
-        climbers = [e["candidate"] for e in sorted(won, key=lambda e: -e["delta"])]
+        gained = [e for e in view.promoted if e["rung"] == rung - 1 and (e["delta"] or 0) > 0]
+        ready = [e["candidate"] for e in sorted(gained, key=lambda e: -e["delta"])]
     if view.space.rungs[rung].review:
-        climbers = [c for c in climbers if view.reviews.get(c, {}).get("action") == "accept"]
-    climbers = [c for c in climbers if view.reviews.get(c, {}).get("action") != "reject"]
-    return climbers[:quota]
+        ready = [c for c in ready if view.reviews.get(c, {}).get("action") == "accept"]
+    ready = [c for c in ready if c not in there and view.reviews.get(c, {}).get("action") != "reject"]
+    return (there + ready)[: max(len(there), view.space.rungs[rung - 1].promote)]
 
 
 def promotion_runs(view: StudyView) -> list[tuple[str, int, list[int]]]:

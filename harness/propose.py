@@ -6,6 +6,7 @@ Proposers only suggest. The study validates, deduplicates and runs; the ledger r
 from __future__ import annotations
 
 import zlib
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +75,8 @@ class OptunaProposer(Proposer):
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.arm, self._space = arm, space
         self._seed = seed + zlib.crc32(arm.encode())
-        self._asked: dict[str, optuna.Trial] = {}  # settings -> the running Optuna trial
+        self._asked: dict[str, list[optuna.Trial]] = defaultdict(list)  # settings -> running Optuna trials
+        self._told: set[str] = set()  # candidates whose outcome the study holds
         self._study = optuna.create_study(direction="minimize", sampler=optuna.samplers.RandomSampler(0))
 
     def _sampler(self, index: int) -> Any:
@@ -92,6 +94,7 @@ class OptunaProposer(Proposer):
             )
 
     def ask(self, view: StudyView, index: int) -> Proposal | None:
+        self.tell(view, view.candidates[view.baseline])
         self._study.sampler = self._sampler(index)
         trial = self._study.ask()
         settings = dict(self._space.baseline)
@@ -110,35 +113,32 @@ class OptunaProposer(Proposer):
                     key, param.low, param.high, step=param.step, log=param.log
                 )
             settings[key] = overrides[key]
-        self._asked[self._key(settings)] = trial
+        self._asked[self._key(settings)].append(trial)
         hypothesis = "drawn at random" if self.arm == "random" else "TPE expects an improvement here"
         return Proposal(self.arm, overrides, hypothesis=hypothesis, family="sampler")
 
     def tell(self, view: StudyView, candidate: Candidate) -> None:
-        if candidate.placebo:
+        if candidate.placebo or candidate.id in self._told:
             return
         values = view.scores(candidate.id, 0, "val")
-        failed = view.failed(candidate.id, 0) is not None
+        failed = candidate.arm != BASELINE_ARM and view.failed(candidate.id, 0) is not None
         if not values and not failed:
             return
-        mean = None if failed else sum(values.values()) / len(values)
-        trial = self._asked.pop(self._key(candidate.settings), None)
-        if trial is not None:
-            self._settle(trial, mean)
-        else:
-            self._add(candidate.settings, mean)
+        self._told.add(candidate.id)
+        self._settle(candidate.settings, None if failed else sum(values.values()) / len(values))
 
     def refuse(self, overrides: Settings) -> None:
-        settings = self._space.complete(overrides)
-        trial = self._asked.pop(self._key(settings), None)
-        if trial is not None:
-            self._settle(trial, None)
-        else:
-            self._add(settings, None)
+        self._settle(self._space.complete(overrides), None)
 
-    def _settle(self, trial: Any, mean: float | None) -> None:
+    def _settle(self, settings: Settings, mean: float | None) -> None:
+        """The outcome of the point: of this sampler's own trial there, where it has one."""
         from optuna.trial import TrialState
 
+        asked = self._asked[self._key(settings)]
+        if not asked:
+            self._add(settings, mean)
+            return
+        trial = asked.pop()
         if mean is None:  # a violated constraint, never a huge loss
             trial.set_constraint("infeasible", 1.0)
             self._study.tell(trial, state=TrialState.PRUNED)
@@ -181,6 +181,8 @@ def parse_shares(text: str) -> dict[str, float]:
     shares: dict[str, float] = {}
     for part in text.split(","):
         arm, _, value = part.strip().partition("=")
+        if arm in shares:
+            raise UserError(f"--proposers: {arm!r} stands there twice; give it one share")
         try:
             shares[arm] = float(value)
         except ValueError:

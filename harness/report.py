@@ -93,7 +93,8 @@ def audit(view: StudyView, folder: Path) -> list[str]:
     """
     wanted = files(view)
     problems = [
-        f"{name}: stands there, the ledger gives no such file" for name in _claims(folder) - wanted.keys()
+        f"{name}: stands there, the ledger gives no such file"
+        for name in sorted(_claims(folder) - wanted.keys())
     ]
     for name, text in wanted.items():
         path = folder / name

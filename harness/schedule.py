@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from harness.promote import promotion_runs
-from harness.stats import audit_control_seeds, control_size, needed_seeds
-from harness.view import Candidate, Status, StudyView, TrialState, seed_of, trial_id
+from harness.stats import audit_control_seeds, control_seeds, control_size, needed_seeds
+from harness.view import Candidate, Status, StudyView, TrialState, trial_id
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,11 @@ def _urgency(candidate: Candidate) -> tuple[int, int]:
 
 def _control(view: StudyView) -> Iterator[Work]:
     """The incumbent's first runs, before anything else; then one more per so many decisions."""
-    first = [seed_of(0, i) for i in range(view.space.rungs[0].seeds)]
-    yield from _missing(view, view.incumbent, 0, first, "control", ("val",))
-    more = control_size(view) - max(len(view.control(view.incumbent, 0, "val")), len(first))
-    index, tried = len(first), 0
-    while tried < more:
-        seed = seed_of(0, index)
-        trial = view.trials.get(trial_id(view.incumbent, 0, seed))
-        if trial is None or not trial.over:
-            yield from _missing(view, view.incumbent, 0, [seed], "control", ("val",))
-            tried += 1
-        index += 1
+    first = view.space.rungs[0].seeds
+    extra = control_size(view) - len(view.control(view.incumbent, 0, "val"))
+    known = len(view.scores(view.incumbent, 0, "val"))
+    seeds = control_seeds(view, max(first, known + extra))
+    yield from _missing(view, view.incumbent, 0, seeds, "control", ("val",))
 
 
 def _audit(view: StudyView, candidate: Candidate) -> Iterator[Work]:

@@ -312,7 +312,7 @@ class Search:
             else:
                 return None
             if self._admit(proposal):
-                self._refusals = 0
+                self._refusals = self._refusals if proposal.placebo else 0
                 return next((w for w in self._pending() if w.trial not in self._flying), None)
             self._refusals += 1
         return None

@@ -10,21 +10,43 @@ import json
 import math
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from harness.errors import UserError
+from harness.expression import evaluate
 
 Setting = bool | int | float | str
 Settings = dict[str, Setting]
 
 # Facts of one training run, owned by the rung and the machine: never a question of the search.
 RUN_FIELDS = frozenset({"seed", "depth", "tokens", "device", "corpus", "log_every"})
+NAME = r"[a-z0-9][a-z0-9_-]{0,63}"  # of spaces and studies: a folder's name as well
+
+
+def _plain(value: Any) -> Any:
+    if not isinstance(value, (bool, int, float, str)) or (
+        isinstance(value, float) and not math.isfinite(value)
+    ):
+        raise ValueError("must be true, false, a finite number or a text")
+    return value
+
+
+Value = Annotated[Setting, BeforeValidator(_plain)]
+Values = Annotated[list[Value], BeforeValidator(lambda v: v if isinstance(v, list) else [v])]
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Metric(Strict):
@@ -42,8 +64,8 @@ class Param(Strict):
     high: float | None = None
     log: bool = False
     step: float | None = None
-    choices: list[Setting] | None = None
-    when: dict[str, Setting | list[Setting]] = {}
+    choices: list[Value] | None = None
+    when: dict[str, Values] = {}  # in play only while each of these parameters has one of these values
 
     @model_validator(mode="after")
     def _complete(self) -> Param:
@@ -52,6 +74,8 @@ class Param(Strict):
                 raise ValueError("a categorical needs `choices = [...]`")
             if self.low is not None or self.high is not None or self.log or self.step is not None:
                 raise ValueError("a categorical takes only `choices`, not low, high, log or step")
+            if len(set(self.choices)) < len(self.choices):
+                raise ValueError(f"a value stands twice in `choices` = {self.choices}: remove one")
             return self
         if self.choices is not None:
             raise ValueError(f"`choices` belongs to kind = 'categorical', not to {self.kind!r}")
@@ -71,13 +95,15 @@ class Param(Strict):
         """Whether `value` lies in this range and has its kind."""
         if self.kind == "categorical":
             return any(type(value) is type(c) and value == c for c in self.choices or [])
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not self.low <= value <= self.high
+        ):
             return False
         if self.kind == "int" and value != int(value):
             return False
-        if self.step is not None and abs((value - self.low) / self.step % 1 - 0.5) < 0.5 - 1e-9:
-            return False
-        return self.low <= value <= self.high
+        return self.step is None or abs((value - self.low) / self.step % 1 - 0.5) >= 0.5 - 1e-9
 
     def describe(self) -> str:
         if self.kind == "categorical":
@@ -120,8 +146,7 @@ class Decision(Strict):
     audit_seeds: int = Field(6, ge=2)
     audit_z: float = 1.28
     refresh: int = Field(8, ge=1)  # one more control run per so many decisions
-    placebo_share: float = Field(0.05, ge=0, le=1)
-    min_gain: float = Field(0.0, ge=0)  # bits per byte a change must bring to be worth keeping
+    placebo_share: float = Field(0.05, ge=0, lt=1)
 
     @model_validator(mode="after")
     def _aligned(self) -> Decision:
@@ -168,11 +193,11 @@ class AgentSettings(Strict):
 class Space(Strict):
     """One question with its baseline, ladder, error rates and budget."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")
+    name: str = Field(pattern=f"^{NAME}$")
     question: str = ""
     trainer: str = "train_small.py"
     metric: Metric = Metric()
-    baseline: Settings
+    baseline: dict[str, Value]
     params: dict[str, Param] = Field(min_length=1)
     constraints: list[Constraint] = []
     match: Match = Match()
@@ -201,21 +226,24 @@ class Space(Strict):
                 raise ValueError(
                     f"baseline.{key} = {self.baseline[key]!r} lies outside params.{key} ({param.describe()})"
                 )
-            for other in param.when:
+            for other, wanted in param.when.items():
                 if other not in self.baseline:
                     raise ValueError(f"params.{key}.when names {other!r}, which has no baseline value")
                 if other not in self.params:
                     raise ValueError(f"params.{key}.when names {other!r}, which is not under [params]")
-                if list(self.params).index(other) > list(self.params).index(key):
+                if list(self.params).index(other) >= list(self.params).index(key):
                     raise ValueError(f"params.{key}.when needs params.{other} above it: move it up")
+                for value in wanted:
+                    if not self.params[other].holds(value):
+                        raise ValueError(
+                            f"params.{key}.when.{other} = {value!r}: params.{other} is {self.params[other].describe()}"
+                        )
         return self
 
     def active(self, key: str, settings: Settings) -> bool:
         """Whether the parameter is in play under its `when`."""
         for other, wanted in self.params[key].when.items():
-            if settings[other] not in (wanted if isinstance(wanted, list) else [wanted]):
-                return False
-            if not self.active(other, settings):
+            if settings[other] not in wanted or not self.active(other, settings):
                 return False
         return True
 
@@ -246,10 +274,10 @@ class Space(Strict):
             if not evaluate(c.expr, {**resolved, **facts, "n_layer": resolved["depth"]}):
                 return f"constraint `{c.expr}` does not hold" + (f" ({c.why})" if c.why else "")
         for key in self.match.hold:
-            gap = facts[key] / base[key] - 1
-            if abs(gap) > self.match.tolerance:
+            gap = facts[key] - base[key]
+            if abs(gap) > self.match.tolerance * base[key]:
                 return (
-                    f"{key} = {facts[key]:,} is {gap:+.1%} off the baseline's {base[key]:,} "
+                    f"{key} = {facts[key]:,} is {gap:+,} off the baseline's {base[key]:,} "
                     f"(tolerance {self.match.tolerance:.1%})"
                 )
         return None
@@ -263,16 +291,6 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
-def evaluate(expr: str, names: dict[str, Any]) -> Any:
-    """Value of a constraint expression. Raises UserError when it cannot be read."""
-    from simpleeval import InvalidExpression, SimpleEval
-
-    try:
-        return SimpleEval(names=names, functions={"abs": abs, "min": min, "max": max}).eval(expr)
-    except (InvalidExpression, SyntaxError, TypeError, ArithmeticError, ValueError) as error:
-        raise UserError(f"constraint `{expr}`: {error}; write it over settings and counts") from None
-
-
 def load_space(path: str | Path) -> Space:
     """Reads and validates a search-space file. Raises UserError naming file, key, value and remedy."""
     path = Path(path)
@@ -281,7 +299,10 @@ def load_space(path: str | Path) -> Space:
             raw = tomllib.load(file)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give the path of a search-space file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # also a number of thousands of digits, thousands of brackets
         raise UserError(f"{path}: not TOML: {error}") from None
     return parse_space(raw, str(path))
 
@@ -290,7 +311,7 @@ def parse_space(raw: dict[str, Any], place: str) -> Space:
     try:
         return Space.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{place}: {_first_problem(error)}") from None
+        raise UserError(f"{place}: {' '.join(_first_problem(error).split())}") from None
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -6,6 +6,7 @@ split that no look has read. The difference is a control-variate one: it pairs s
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from harness.space import Decision
-from harness.view import Candidate, Status, StudyView, seed_of
+from harness.view import Candidate, Status, StudyView, TrialState, seed_of, trial_id
 
 Runs = Mapping[int, float]  # seed -> bits per byte (lower is better)
 RHO_PRIOR_RUNS = 6  # weight of "seeds do not correlate" in the pooled correlation, in runs
@@ -73,7 +74,7 @@ def pooled_noise(groups: Iterable[Runs], pairs: Iterable[tuple[Runs, Runs]] = ()
     return Noise(variance, df, rho)
 
 
-def difference(control: Runs, candidate: Runs, noise: Noise, min_gain: float = 0.0) -> Difference:
+def difference(control: Runs, candidate: Runs, noise: Noise) -> Difference:
     """Control-variate difference of means.
 
     D = c - [x - rho (c_n - c)],  se^2 = v [(1 - rho^2) / n + (1 - rho)^2 / m], where c is the mean of all m
@@ -85,7 +86,7 @@ def difference(control: Runs, candidate: Runs, noise: Noise, min_gain: float = 0
     rho = noise.rho if shared else 0.0
     mean = float(np.mean(list(control.values())))
     on_seeds = float(np.mean([control[s] for s in candidate])) if shared else mean
-    delta = mean - (float(np.mean(list(candidate.values()))) - rho * (on_seeds - mean)) - min_gain
+    delta = mean - (float(np.mean(list(candidate.values()))) - rho * (on_seeds - mean))
     return Difference(delta, math.sqrt(noise.variance * ((1 - rho**2) / n + (1 - rho) ** 2 / m)), n, m)
 
 
@@ -149,10 +150,12 @@ def decide(view: StudyView, candidate: Candidate) -> dict | None:
         return event | {"verdict": "discard", "n": 0, "trials": [failure.id], "control": [], "reason": reason}
     runs = {s: v for s, v in view.scores(candidate.id, 0, split).items() if s in set(seeds)}
     control = view.control(incumbent, 0, split)
-    if len(runs) < len(seeds) or not _control_ready(view, candidate, control, seeds, split):
+    first = control_seeds(view, view.space.rungs[0].seeds)
+    wanted = audit_control_seeds(view, candidate, seeds) if stage == "audit" else first
+    if len(runs) < len(seeds) or not control.keys() >= set(wanted):
         return None
     noise = noise_at(view, 0)
-    d = difference(control, runs, noise, rule.min_gain)
+    d = difference(control, runs, noise)
     event |= {"n": d.n, "m": d.m, "delta": d.delta, "se": d.se, "z": d.z}
     event |= {"sigma": noise.sigma, "df": noise.df, "rho": noise.rho}
     event |= {
@@ -175,18 +178,26 @@ def decide(view: StudyView, candidate: Candidate) -> dict | None:
     return event | {"verdict": "retest", "reason": "undecided: more seeds"}
 
 
-def _control_ready(
-    view: StudyView, candidate: Candidate, control: Runs, seeds: list[int], split: str
-) -> bool:
-    if split == "val":
-        return len(control) >= view.space.rungs[0].seeds
-    return set(audit_control_seeds(view, candidate, seeds)) <= control.keys()
+def control_seeds(view: StudyView, count: int) -> list[int]:
+    """The first `count` seeds of the list on which the incumbent did not fail for good."""
+    seeds: list[int] = []
+    for index in itertools.count():
+        if len(seeds) == count:
+            return seeds
+        if not fails(view, view.incumbent, seed_of(0, index)):
+            seeds.append(seed_of(0, index))
 
 
 def audit_control_seeds(view: StudyView, candidate: Candidate, seeds: list[int]) -> list[int]:
-    """Control runs that an audit reads: its own seeds and every run that the control has by then."""
-    first = [seed_of(0, i) for i in range(view.space.rungs[0].seeds)]
-    return first if candidate.placebo else sorted({*first, *seeds})
+    """Control runs that an audit reads: the first runs, and those on the audit's own seeds."""
+    first = control_seeds(view, view.space.rungs[0].seeds)
+    paired = [] if candidate.placebo else [s for s in seeds if not fails(view, view.incumbent, s)]
+    return sorted({*first, *paired})
+
+
+def fails(view: StudyView, candidate: str, seed: int) -> bool:
+    trial = view.trials.get(trial_id(candidate, 0, seed))
+    return trial is not None and trial.over and trial.state == TrialState.FAIL
 
 
 def _same_curve(view: StudyView, candidate: Candidate, incumbent: str) -> bool:

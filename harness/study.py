@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -13,7 +15,7 @@ from typing import Any
 from harness import __version__
 from harness.errors import UserError
 from harness.ledger import Ledger, write_atomic
-from harness.space import Space
+from harness.space import NAME, Space
 from harness.view import StudyView
 
 RUNS, REPORTS = Path("runs"), Path("reports")
@@ -24,6 +26,12 @@ class StudyPaths:
     """Where a study's parts lie, relative to the folder the harness runs in."""
 
     name: str
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(NAME, self.name):
+            raise UserError(
+                f"study {self.name[:80]!r}: not a name; write small letters, digits, - and _, a letter or digit first"
+            )
 
     @property
     def folder(self) -> Path:
@@ -49,8 +57,8 @@ def load_study(name: str) -> tuple[StudyPaths, Ledger, StudyView]:
         raise UserError(f"no study {name!r} under {RUNS}/; there is {known}")
     ledger = Ledger(paths.ledger)
     view = StudyView(ledger.poll())
-    if not view.opened:
-        raise UserError(f"{paths.ledger}: holds no record; remove {paths.folder} and search again")
+    if not view.incumbents:
+        raise UserError(f"{paths.ledger}: holds no baseline; remove {paths.folder} and search again")
     return paths, ledger, view
 
 
@@ -59,16 +67,24 @@ def only_driver(paths: StudyPaths) -> Any:
     """One search at a time drives a study. Raises UserError when another one does."""
     from filelock import FileLock, Timeout
 
-    paths.folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(paths.folder / "driver.lock")
     try:
+        paths.folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
+    except OSError as error:
+        raise UserError(f"{paths.folder}: {error.strerror}; search where you may write") from None
     except Timeout:
         raise UserError(f"{paths.folder}: another search drives this study; wait for it or end it") from None
     try:
         yield
     finally:
         lock.release()
+
+
+def clear_false_start(paths: StudyPaths) -> None:
+    """A search that was refused before its first record leaves a repository with the trainer of then."""
+    for name in ("repo.git", "work"):
+        shutil.rmtree(paths.folder / name, ignore_errors=True)
 
 
 def check_resumable(view: StudyView, space: Space, place: str) -> None:

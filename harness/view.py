@@ -56,6 +56,7 @@ class Trial:
     state: TrialState = TrialState.RUNNING
     failure: FailureKind | None = None
     detail: str = ""
+    seconds: float = 0.0  # wall time of all its attempts
     losses: int = 0  # how often its worker died under it
     scores: dict[str, float] = field(default_factory=dict)  # split -> bits per byte
     finished: Event = field(default_factory=dict)  # the `finished` record: seconds, tokens, health, ...
@@ -180,6 +181,7 @@ class StudyView:
         trial.detail = e.get("detail", "")
         trial.finished = e
         if e["seconds"] is not None:
+            trial.seconds += e["seconds"]
             self.gpu_seconds += e["seconds"] * e.get("gpus", 0)
             if trial.state == TrialState.COMPLETE:
                 self.seconds_at[trial.rung].append(e["seconds"])

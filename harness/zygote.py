@@ -4,6 +4,7 @@ A child starts in about 0.02 s where a fresh interpreter needs about 3 s. The se
 scrubbed environment, holds no threads, and dies with its parent; its children die with it.
 
     python -m harness.zygote TRAINER CONTROL_FD
+    python -m harness.zygote run TRAINER ARGUMENT...    (the same in an interpreter of its own)
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from types import ModuleType
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
+OUT_OF_MEMORY = 5  # the trial contract's exit code
 MAX_FILE_BYTES = 8 << 30  # a run that writes more is ended by the system
 KEPT_VARIABLES = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TZ", "PYTHONPATH", "LD_LIBRARY_PATH")
 KEPT_PREFIXES = ("CUDA_", "NVIDIA_", "NCCL_", "MOUE_")
@@ -142,7 +144,7 @@ def spawn_fresh(
 ) -> Child:
     """The same in a fresh interpreter: for a trainer whose code a proposer has changed."""
     process = subprocess.Popen(
-        [sys.executable, "-P", str(trainer), *argv],
+        [sys.executable, "-P", "-m", "harness.zygote", "run", str(trainer), *argv],
         stdin=stdin,
         stdout=stdout,
         stderr=stderr,
@@ -161,6 +163,21 @@ def load_trainer(path: Path) -> ModuleType:
     return module
 
 
+def run_main(module: ModuleType, argv: list[str]) -> int:
+    """The trainer's `main(argv)` as an exit code; memory that ran out is told apart from a crash."""
+    sys.argv = [str(module.__file__), *argv]
+    try:
+        return int(module.main(argv) or 0) & 0xFF
+    except SystemExit as end:
+        return end.code & 0xFF if isinstance(end.code, int) else int(end.code is not None)
+    except MemoryError:
+        traceback.print_exc()
+        return OUT_OF_MEMORY
+    except BaseException:
+        traceback.print_exc()
+        return 1
+
+
 def _run_child(module: ModuleType, request: dict[str, Any], fds: list[int]) -> None:
     code = 1
     try:
@@ -169,18 +186,12 @@ def _run_child(module: ModuleType, request: dict[str, Any], fds: list[int]) -> N
         for target, fd in enumerate(fds):
             os.dup2(fd, target)
         os.closerange(3, 1024)
-        sys.argv = [str(module.__file__), *request["argv"]]
         sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
-        code = module.main(request["argv"]) or 0
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
-        traceback.print_exc()
+        code = run_main(module, request["argv"])
+        sys.stdout.flush()
+        sys.stderr.flush()
     finally:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(Exception):
-                stream.flush()
-        os._exit(code & 0xFF)
+        os._exit(code)
 
 
 def _serve(control: socket.socket, module: ModuleType) -> None:
@@ -229,6 +240,8 @@ def _send(control: socket.socket, message: dict[str, Any]) -> None:
 
 
 def main(argv: list[str]) -> None:
+    if argv[0] == "run":
+        sys.exit(run_main(load_trainer(Path(argv[1])), argv[2:]))
     die_with_parent()
     control = socket.socket(fileno=int(argv[1]))
     try:

@@ -26,9 +26,8 @@ DEFAULTS = {
     "label": 0,  # without any effect
     "behave": "well",
 }
-BEHAVIOURS = (
-    "well crash garbage hang oom diverge collapse nan-logits no-checkpoint bad-metrics wrong-shape orphan".split()
-)
+BEHAVIOURS = ("well", "crash", "garbage", "hang", "oom", "diverge", "collapse", "nan-logits", "orphan")
+BEHAVIOURS += ("no-checkpoint", "bad-metrics", "wrong-shape")
 
 
 def resolve(argv: list[str]) -> tuple[dict, dict]:
@@ -87,9 +86,8 @@ def train(config: dict, out: Path) -> int:
         return 7
     if behave == "hang":
         time.sleep(3600)
-    if behave == "orphan":
-        if os.fork() == 0:
-            time.sleep(3600)
+    if behave == "orphan" and os.fork() == 0:
+        time.sleep(3600)
     if behave == "oom":
         hoard = []
         while True:
@@ -101,7 +99,13 @@ def train(config: dict, out: Path) -> int:
     if behave == "collapse":
         return 4
     logits = table(config)
-    line = {"step": 1, "tokens": config["tokens"], "seconds": 0.01, "train_nats": float(-logits.mean()), "lr": 1.0}
+    line = {
+        "step": 1,
+        "tokens": config["tokens"],
+        "seconds": 0.01,
+        "train_nats": float(-logits.mean()),
+        "lr": 1.0,
+    }
     text = json.dumps(line) + "\n"
     (out / "metrics.jsonl").write_text("{half a rec" if behave == "bad-metrics" else text)
     if behave != "no-checkpoint":

@@ -236,12 +236,25 @@ OUTAGES = {  # answer, outcome, may have been billed
     "broken JSON": (BROKEN_JSON, "unreadable", True),
     "an error page": (Answer(b"<html>", 502, {"content-type": "text/html"}), "http-502", True),
 }
+LASTING = ["400", "404", "413", "spend limit"]
+
+
+@pytest.mark.parametrize("name", LASTING)
+def test_what_cannot_pass_is_not_retried_quickly(study, name):
+    s = study(OUTAGES[name][0], GOOD)
+    s.agent._pace = dataclasses.replace(FAST, latch_seconds=600, latch_cap_seconds=600)
+    s.ask()
+    s.wait(s.spends)
+    time.sleep(0.3)
+    assert len(s.server.requests) == 1 and s.ask() is None
 
 
 @pytest.mark.parametrize("name", OUTAGES)
 def test_an_outage_is_no_failed_idea_and_the_next_call_goes_through(study, name):
     answer, outcome, billed = OUTAGES[name]
     s = study(answer, GOOD, timeout_seconds=0.5)
+    if name not in LASTING:
+        s.agent._pace = dataclasses.replace(FAST, latch_seconds=600, latch_cap_seconds=600)
     assert s.wait(s.ask).call == "agent-00002"
     first, second = s.spends()[:2]
     assert (first["outcome"], second["outcome"]) == (outcome, "ok")
@@ -629,7 +642,8 @@ def test_the_page_on_the_question_names_every_parameter_and_bound():
         "log": True,
         "baseline": 0.02,
     }
-    assert offered["layers"]["when"] == {"router": "mlp"}
+    assert offered["layers"]["when"] == space.params["layers"].when
+    assert '{"top_k": 2}' in text and "depth 2 on 1,000 tokens" in text
 
 
 # ---- the server as a program ----

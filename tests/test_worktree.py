@@ -333,6 +333,21 @@ def test_checkout_repairs(candidates: Candidates, wreck: Callable[[Candidates, P
     assert other[:12] in registered
 
 
+def test_a_checkout_that_its_code_rewrote_runs_nothing(tmp_path: Path, candidates: Candidates) -> None:
+    commit = candidates.commit(NAME, None, SETTINGS, "m")
+    path = candidates.checkout(commit)
+    before = files(path)
+    git(tmp_path, "clone", "-q", "--bare", str(candidates.repo), "evil")
+    git(tmp_path / "evil", "config", "core.bare", "false")
+    git(tmp_path / "evil", "config", "filter.evil.clean", f"touch {tmp_path}/pwned")
+    git(tmp_path / "evil", "read-tree", "HEAD")
+    (path / ".git").write_text(f"gitdir: {tmp_path}/evil\n")
+    (path / ".gitattributes").write_text("* filter=evil\n")
+    (path / "other.txt").touch()
+    assert files(candidates.checkout(commit)) == before
+    assert_sound(candidates)
+
+
 def in_process(body: Callable[[], None]) -> multiprocessing.Process:
     def run() -> None:
         os.setpgid(0, 0)
