@@ -124,7 +124,7 @@ VOCAB_SIZE = {"bytes": 256}  # ids of text; the model has one more, BOS
 # width^-0.5, all rates as the square root of the batch) with batch ~ tokens^0.383 (Power Lines, arXiv
 # 2505.13738). ASSUMPTION: that exponents fitted on larger dense models hold here, for routers and for matrices
 # under AdamW too; the constants, which were tuned by hand on a few minutes of training at depth 2.
-REFERENCE_DIM, REFERENCE_BATCH_TOKENS, REFERENCE_TOKENS = 256, 4096, 2**23
+REFERENCE_DIM, REFERENCE_BATCH_TOKENS, REFERENCE_TOKENS = 256, 4096, 2**21
 TOKENS_PER_PARAM = 2  # a smoke run; compute-optimal training is nearer to 20
 MATRIX_LR = {"muon": 0.06, "adamw": 0.008}
 
@@ -186,7 +186,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     resolve_windows(c)
     check_visibility(c)
     if c.collapse_limit == -1:  # routing can do no worse than width / top_k; tolerate all but that
-        c.collapse_limit = 0.95 * (c.num_local + c.window) / c.top_k
+        c.collapse_limit = 0.99 * (c.num_local + c.window) / c.top_k
     if c.matrix_lr == -1:
         c.matrix_lr = MATRIX_LR[c.optimizer]
     if c.tokens == -1:

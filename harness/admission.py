@@ -44,9 +44,12 @@ class Describer:
         for rung in self._space.rungs:
             config = {**settings, "depth": rung.depth, "tokens": rung.tokens}
             try:
-                answers.append(self._runner.describe(self._trainer, config, Path(self._scratch.name)))
-            except Failure as failure:
-                raise UserError(f"{self._trainer.name} at depth {rung.depth}: {failure.detail}") from None
+                answer = self._runner.describe(self._trainer, config, Path(self._scratch.name))
+            except (Failure, RuntimeError) as failure:  # it refuses, or it cannot even be loaded
+                raise UserError(f"{self._trainer.name} at depth {rung.depth}: {failure}") from None
+            if missing := [key for key in (*TOTALS, "config") if key not in answer]:
+                raise UserError(f"{self._trainer.name}: --describe leaves out {', '.join(missing)}; add them")
+            answers.append(answer)
         return answers
 
     def check(self, facts: list[dict[str, Any]]) -> str | None:

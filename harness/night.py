@@ -14,6 +14,7 @@ from harness import agent
 from harness.admission import Admission, Describer
 from harness.dispatch import run_inline
 from harness.errors import EndedEarly, UserError
+from harness.guard import guarded
 from harness.ledger import Ledger
 from harness.propose import OptunaProposer, PlaceboProposer, Proposer, check_shares, replay
 from harness.search import Search
@@ -81,7 +82,7 @@ def run_search(space_file: Path, options: Options) -> tuple[StudyPaths, str]:
     """One session. Returns the study's paths and why it stopped. Raises UserError, EndedEarly."""
     space = load_space(space_file)
     paths = StudyPaths(options.study or space.name)
-    with only_driver(paths), _log_to(paths.folder / "log.txt"):
+    with only_driver(paths), _log_to(paths.folder / "log.txt"), guarded():
         ledger = Ledger(paths.ledger)
         view = StudyView(ledger.poll())
         if view.opened and not options.resume:

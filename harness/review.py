@@ -64,10 +64,6 @@ def accept(
     root = _root_with(repo, view)
     branch = f"moue/{view.opened['study']}/{chosen.id}"
     run: Run = partial(git, root)
-    if run("for-each-ref", "--format=%(refname)", f"refs/heads/{branch}"):
-        raise UserError(
-            f"branch {branch} exists in {root}; look at it, or `git branch -D {branch}` and repeat"
-        )
     base = view.opened["commit"]
     trainer = _trainer(run, chosen, study_dir, base)
     files = {f"winners/{chosen.id}.toml": _winner_toml(view, chosen).encode(), **trainer}
@@ -76,7 +72,9 @@ def accept(
     try:
         run("update-ref", f"refs/heads/{branch}", commit, "0" * len(commit))
     except GitError as error:
-        raise UserError(f"branch {branch}: {_line(str(error))}; rename what stands in its way") from None
+        raise UserError(
+            f"branch {branch}: {_line(str(error))}; look at what stands there, then `git branch -D` or -m it"
+        ) from None
     _record(ledger, chosen, "accept", why, branch=branch)
     return branch
 

@@ -71,10 +71,10 @@ def only_driver(paths: StudyPaths) -> Any:
     try:
         paths.folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
-    except OSError as error:
-        raise UserError(f"{paths.folder}: {error.strerror}; search where you may write") from None
     except Timeout:
         raise UserError(f"{paths.folder}: another search drives this study; wait for it or end it") from None
+    except OSError as error:
+        raise UserError(f"{paths.folder}: {error.strerror}; search where you may write") from None
     try:
         yield
     finally:

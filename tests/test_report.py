@@ -21,11 +21,11 @@ import numpy as np
 import pytest
 from scipy import stats as textbook
 
-from harness.document import Number, walk
 from harness.errors import UserError
 from harness.ledger import Event, Ledger
 from harness.promote import conclude
 from harness.report import against, audit, build, write_report
+from harness.report.document import Number, walk
 from harness.schedule import pending
 from harness.space import Space
 from harness.stats import decide

@@ -289,6 +289,7 @@ def test_accept_refuses_all_but_a_winner(study: Study, candidate: str, said: str
 def test_an_ambiguous_prefix_lists_what_it_could_mean(study: Study) -> None:
     twin = FIRST[:12] + "f" * 8
     study.ledger.append(proposed(study.candidates, twin, BASE, 0.5))
+    study.ledger.append(proposed(study.candidates, FIRST + "ff", BASE, 0.6))
     with pytest.raises(UserError, match="begins several ids") as caught:
         resolve(study.view, FIRST[:6])
     assert FIRST in str(caught.value)

@@ -436,6 +436,7 @@ def test_models_that_differ_in_one_part_start_equal_in_the_others():
     assert {"embed", "head", "blocks.1.attention.qkv"} <= same
     assert all(wide[name].equal(narrow[name]) for name in same)
     assert not GPT(tiny(seed=1)).embed.equal(wide["embed"])
+    assert not wide["blocks.0.attention.qkv"].equal(wide["blocks.1.attention.qkv"])
 
 
 # --- counting ---------------------------------------------------------------------------------------------
@@ -585,7 +586,7 @@ def test_the_loss_falls_below_that_of_letter_frequencies(corpus, tmp_path, optim
     assert run(corpus, tmp_path, optimizer=optimizer, tokens=100_000, batch_tokens=512, log_every=20) == 0
     counts = np.bincount(load_train(corpus).tokens)
     share = counts[counts > 0] / counts.sum()
-    assert metrics(tmp_path)[-1]["train_nats"] < -(share * np.log(share)).sum() - 0.3
+    assert metrics(tmp_path)[-1]["train_nats"] < -(share * np.log(share)).sum() - 0.1
 
 
 RICH = {"ramp": "random", "num_shared": 1, "pool_lr_divisor": 0.5, "num_experts": 8, "num_local": 4}

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from harness.document import Number, Report, walk
 from harness.ledger import Event
+from harness.report.document import Number, Report, walk
 from harness.view import StudyView
 
 Facts = dict[str, float | int | None]

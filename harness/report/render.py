@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from harness.document import (
+from harness.report.document import (
     Bullets,
     Chip,
     Code,
@@ -23,7 +23,7 @@ from harness.document import (
     walk,
 )
 
-TEMPLATE = Path(__file__).parent / "prompts" / "report.html"
+TEMPLATE = Path(__file__).with_name("report.html")
 _MARKUP = re.compile(r"([\\`*_<>\[\]|&~$#])")
 
 
@@ -105,7 +105,7 @@ def html(report: Report, figures: dict[str, str]) -> str:
 
 def drawn(report: Report) -> dict[str, str]:
     """Name of each figure -> its SVG document."""
-    from harness.figures import svg
+    from harness.report.figures import svg
 
     return {figure.name: svg(figure) for figure in walk(report, Figure)}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from harness.document import (
+from harness.report.document import (
     LONGEST_CELL,
     Bullets,
     Chip,
@@ -19,7 +19,7 @@ from harness.document import (
     join,
     plain,
 )
-from harness.quantities import changes, cited, claim, interval, mean, verdict_name, whole_gain
+from harness.report.quantities import changes, cited, claim, interval, mean, verdict_name, whole_gain
 from harness.space import canonical
 from harness.view import Candidate, Status, StudyView
 

@@ -6,7 +6,7 @@ import io
 import re
 from typing import Any
 
-from harness.document import Figure, Paired, Progress
+from harness.report.document import Figure, Paired, Progress
 
 # Colours by role; a page puts its own light or dark one in place (see `themed`).
 PALETTE = {

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
-from harness.document import MISSING, Code, Line, Number, compact, join
 from harness.ledger import Event
+from harness.report.document import MISSING, Code, Line, Number, compact, join
 from harness.space import Setting
 from harness.stats import Noise, noise_at, paired_interval
 from harness.view import Candidate, StudyView, Trial, TrialState

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from harness.document import (
+from harness.ledger import Event
+from harness.report.document import (
     LONGEST_CELL,
     Bullets,
     Code,
@@ -16,8 +17,7 @@ from harness.document import (
     join,
     plain,
 )
-from harness.ledger import Event
-from harness.quantities import score
+from harness.report.quantities import score
 from harness.view import BASELINE_ARM, PLACEBO_ARM, Status, StudyView, Trial, TrialState
 
 

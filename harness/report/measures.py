@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from harness.document import Chip, Code, Dot, Figure, Line, Number, Progress, Prose, Section, Table
 from harness.ledger import Event
-from harness.quantities import changes, known_noise, mean, score, t_half_width, verdict_name
+from harness.report.document import Chip, Code, Dot, Figure, Line, Number, Progress, Prose, Section, Table
+from harness.report.quantities import changes, known_noise, mean, score, t_half_width, verdict_name
 from harness.stats import Noise, difference
 from harness.view import Candidate, Status, StudyView, Trial, TrialState
 

@@ -10,11 +10,11 @@ from difflib import SequenceMatcher
 from itertools import takewhile, zip_longest
 from pathlib import Path
 
-from harness import accounts, findings, measures, render
-from harness.document import Chip, Code, Line, Report
 from harness.errors import UserError
-from harness.evidence import recheck
 from harness.ledger import Event, write_atomic
+from harness.report import accounts, findings, measures, render
+from harness.report.document import Chip, Code, Line, Report
+from harness.report.evidence import recheck
 from harness.view import StudyView
 
 
@@ -65,7 +65,7 @@ def _facts(view: StudyView, ended: Event | None) -> tuple[Line, ...]:
 
 def files(view: StudyView) -> dict[str, str]:
     """Path inside the report's folder -> text, for every file of the report."""
-    from harness.figures import themed
+    from harness.report.figures import themed
 
     report = build(view)
     drawn = render.drawn(report)
