@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from harness import __version__
-from harness.errors import EndedEarly, UserError
+from harness.errors import ClusterLost, EndedEarly, UserError
 
 EARLY = ("budget-hours", "budget-trials", "budget-gpu-hours", "signal")
+RESTARTS, MAX_RESTARTS = "MOUE_RESTARTS", 5  # after which a night's machine is beyond help
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
@@ -103,7 +105,10 @@ def search(space: Path, proposers: str | None, as_json: bool, **options: Any) ->
     from harness.propose import parse_shares
 
     shares = parse_shares(proposers) if proposers else None
-    paths, reason = run_search(space, Options(proposers=shares, **options))
+    try:
+        paths, reason = run_search(space, Options(proposers=shares, **options))
+    except ClusterLost:
+        _start_again()
     written = _write_report(paths.name)
     if as_json:
         click.echo(json.dumps({"study": paths.name, "stopped": reason, "report": str(written)}))
@@ -175,6 +180,18 @@ def reject(study: str, candidate: str, why: str) -> None:
     click.echo(f"rejected {candidate}: {why}")
 
 
+def _start_again() -> NoReturn:
+    """The same search with --resume in a fresh image of this process: a dead Ray cannot be used twice."""
+    restarts = int(os.environ.get(RESTARTS, "0")) + 1
+    if restarts > MAX_RESTARTS:
+        _end(
+            1, f"Ray's head died {restarts} times; everything is saved: mend the machine, go on with --resume"
+        )
+    os.environ[RESTARTS] = str(restarts)
+    more = [] if "--resume" in sys.orig_argv else ["--resume"]
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], *more])
+
+
 def _write_report(study: str, against: str | None = None) -> Path:
     from harness import report as reports
     from harness.study import load_study
@@ -211,6 +228,6 @@ def main() -> None:
         _end(1, f"{place}{error.strerror or error}; make room or mend the path, then go on with --resume")
 
 
-def _end(code: int, message: str) -> None:
+def _end(code: int, message: str) -> NoReturn:
     print("harness: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(code)

@@ -7,12 +7,15 @@ folders are scratch and a resumed night starts a new Tuner. Importing this modul
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import shutil
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +36,13 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from harness.dispatch import IDLE_SECONDS, Finished, Source
-from harness.errors import UserError
+from harness.errors import ClusterLost, UserError
+from harness.guard import below, running
 from harness.space import Rung
 from harness.trial import TrialRunner, TrialSpec
 
 OBJECT_STORE_BYTES = 150 << 20
+WATCH_SECONDS = 1.0
 
 
 def run_ray(
@@ -45,7 +50,8 @@ def run_ray(
 ) -> None:
     """Runs the source to its end; `scratch` is a folder that every node sees.
 
-    Raises UserError when no cluster can be had or none of its nodes fits a trial.
+    Raises UserError when no cluster can be had or none of its nodes fits a trial, ClusterLost when the
+    head that was started here dies.
     """
     local = {"num_cpus": workers, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     try:
@@ -62,7 +68,7 @@ def run_ray(
     try:
         source.slots = min(_slots(ray.cluster_resources(), rung) for rung in rungs)
         searcher = StudySearcher(source)
-        tune.Tuner(
+        tuner = tune.Tuner(
             tune.with_resources(Slot, _resources),
             tune_config=tune.TuneConfig(
                 search_alg=searcher, num_samples=-1, reuse_actors=True, metric="ok", mode="max"
@@ -73,10 +79,17 @@ def run_ray(
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=0),
             ),
-        ).fit()
+        )
+        with _head_watched():
+            tuner.fit()
+    except ClusterLost:
+        raise  # there is nothing left to shut down
+    except BaseException:
+        ray.shutdown()
+        raise
+    else:
+        ray.shutdown()
     finally:
-        with contextlib.suppress(Exception):
-            ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
     if searcher.error is not None:
         raise searcher.error
@@ -95,6 +108,43 @@ def _slots(have: dict[str, float], rung: Rung) -> int:
 
 def _resources(config: dict) -> tune.PlacementGroupFactory:
     return tune.PlacementGroupFactory([{"CPU": config["spec"]["cpus"], "GPU": config["spec"]["gpus"]}])
+
+
+@contextmanager
+def _head_watched() -> Iterator[None]:
+    """Raises ClusterLost here once a process of the head that this driver started has died.
+
+    Ray's driver would wait for a dead raylet for ever, and abort a minute after its control store died.
+    """
+    heads = [p for p in below(os.getpid(), running(), set()) if _is_head(p[0])]
+    main, over = threading.get_ident(), threading.Event()
+
+    def lost(number: int, frame: object) -> None:
+        raise ClusterLost("Ray's head died")
+
+    def watch() -> None:
+        while not over.wait(WATCH_SECONDS):
+            if not set(heads) <= running().keys():
+                signal.pthread_kill(main, signal.SIGUSR1)
+                return
+
+    before = signal.signal(signal.SIGUSR1, lost)
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
+        signal.signal(signal.SIGUSR1, before)
+
+
+def _is_head(pid: int) -> bool:
+    try:
+        program = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]
+    except OSError:
+        return False
+    return program.rsplit(b"/", 1)[-1] in (b"raylet", b"gcs_server")
 
 
 class StudySearcher(Searcher):

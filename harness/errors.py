@@ -1,4 +1,4 @@
-"""The two ways in which a command ends early without being wrong itself."""
+"""The ways in which a command ends early without being wrong itself."""
 
 
 class UserError(Exception):
@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class EndedEarly(Exception):
     """A budget or a signal ended the work with everything saved. Exit code 3."""
+
+
+class ClusterLost(Exception):
+    """Ray's head on this machine died. Nothing of this process's Ray can be used again."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from harness.admission import Admission, Refusal
 from harness.dispatch import Finished
-from harness.errors import EndedEarly, UserError
+from harness.errors import ClusterLost, EndedEarly, UserError
 from harness.judge.corpus import corpus_folder
 from harness.ledger import Ledger
 from harness.promote import conclude, promotion_runs
@@ -123,11 +123,8 @@ class Search:
             proposer.close()
         reason, detail = self._stop or ("finished", "")
         if error is not None:
-            signal = isinstance(error, (EndedEarly, KeyboardInterrupt))
-            reason, detail = (
-                ("signal" if signal else "error"),
-                str(error).splitlines()[0] if str(error) else "",
-            )
+            lines = str(error).splitlines() or [type(error).__name__]
+            reason, detail = _reason(error), lines[0]
         self._write({"event": "stopped", "reason": reason, "detail": detail})
         log.info("study %s stopped reason=%s %s", self.paths.name, reason, detail)
         return reason
@@ -343,6 +340,12 @@ class Search:
             log.warning("trial %s FAIL kind=%s %s", spec.trial, outcome["failure"], trial.detail)
         else:
             log.info("trial %s complete %s purpose=%s", spec.trial, scores, spec.purpose)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, (EndedEarly, KeyboardInterrupt)):
+        return "signal"
+    return "ray-lost" if isinstance(error, ClusterLost) else "error"
 
 
 def _signed(value: float | None, digits: int = 4) -> str:

@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -184,6 +185,19 @@ def test_two_writers_at_once_lose_nothing(tmp_path: Path) -> None:
     assert [process.exitcode for process in writers] == [0, 0]
     for i in range(2):
         assert [e["n"] for e in seen if e["writer"] == i] == list(range(200))
+
+
+def test_a_writer_waits_for_the_one_before_it(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    Ledger(path).append(note(0))
+    process = FORK.Process(target=_write_many, args=(path, 1))
+    with FileLock(path.with_suffix(".lock")):
+        process.start()
+        process.join(0.5)
+        assert process.is_alive()
+        assert len(read(path)) == 1
+    process.join()
+    assert len(read(path)) == 201
 
 
 def _write_until_full(path: Path, limit_bytes: int) -> None:

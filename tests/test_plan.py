@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import BIGRAM_SPACE
 from filelock import FileLock
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from story import BASE, Story
 
@@ -146,6 +146,7 @@ def spaces(draw: st.DrawFn) -> dict:
     }
 
 
+@settings(deadline=None)
 @given(spaces(), st.integers(0, 100))
 def test_what_is_drawn_lies_in_the_space(raw: dict, seed: int) -> None:
     space, rng = parse_space(raw, "here"), random.Random(seed)

@@ -373,6 +373,7 @@ def test_the_agent_without_a_key_or_money_is_off_by_file_and_refused_by_hand(
         arm_shares(space, Budget(usd=0.0), {"agent": 1.0})
 
 
+@settings(deadline=None)
 @given(st.floats(0.01, 0.99))
 def test_placebos_have_their_share_of_all_proposals(share: float) -> None:
     space = Space.model_validate({**SPACE, "decision": {"placebo_share": share}})

@@ -16,9 +16,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from messages_server import MessagesServer, Search, message, proposal
 
 from harness.errors import UserError
 from harness.night import Options, run_search
+from harness.report import audit, write_report
 from harness.study import load_study
 from harness.view import Status, StudyView, TrialState
 
@@ -233,3 +235,45 @@ def _runs_in(process: Path, folder: str) -> bool:
         return os.readlink(process / "cwd").startswith(folder) and int(process.name) != os.getpid()
     except (OSError, ValueError):
         return False
+
+
+def test_a_night_with_the_agent_over_http(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its proposals run with hypothesis and cost in the ledger; faulty replies are refused, the night goes on."""
+    faulty = [message("Raise the sharpness, I say."), proposal({"sharpness": 99.0}), proposal({"depth": 9})]
+    with MessagesServer(faulty, default=Search(seed=1, bad_every=5)) as server:
+        monkeypatch.setenv("ANTHROPIC_BASE_URL", server.url)
+        monkeypatch.setenv("ANTHROPIC_API_KEY", "a-key-that-must-not-be-written")
+        view = search(workshop, proposers={"agent": 0.7, "random": 0.3}, usd=5.0, trials=60)
+    mine = [c for c in view.candidates.values() if c.arm == "agent"]
+    assert len(mine) >= 5
+    calls = {e["call"] for e in view.spends if e["phase"] == "settled" and e["usd"] > 0}
+    for candidate in mine:
+        assert "try another value" in candidate.proposed["hypothesis"]
+        assert candidate.proposed["call"] in calls
+        assert all(view.space.params[k].holds(candidate.settings[k]) for k in view.space.params)
+    ran = {t.candidate for t in view.trials.values() if t.state == TrialState.COMPLETE}
+    assert ran & {c.id for c in mine}
+    assert {"malformed", "out_of_range", "unknown_key"} <= {e["kind"] for e in view.rejected}
+    assert 0 < view.spent_usd() <= 5.0
+    assert view.sessions[-1]["reason"] == "budget-trials"
+    write_report(view, Path("reports/pairs"))
+    assert audit(view, Path("reports/pairs")) == []
+    for path in [*Path("runs").rglob("*"), *Path("reports").rglob("*")]:
+        if path.is_file() and "repo.git" not in path.parts:
+            assert b"must-not-be-written" not in path.read_bytes(), path
+
+
+def test_one_digit_changed_in_the_report_fails_the_audit(workshop: Path) -> None:
+    search(workshop, trials=20)
+    done = subprocess.run(
+        [sys.executable, "-m", "harness", "report", "pairs"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert subprocess.run([sys.executable, "-m", "harness", "audit", "pairs"], check=False).returncode == 0
+    path = Path("reports/pairs/report.md")
+    text = path.read_text()
+    digit = text.index(".", text.index("val ")) + 3
+    changed = str((int(text[digit]) + 1) % 10)
+    path.write_text(text[:digit] + changed + text[digit + 1 :])
+    done = subprocess.run([sys.executable, "-m", "harness", "audit", "pairs"], capture_output=True, text=True)
+    assert done.returncode == 1 and "report.md:" in done.stdout

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.errors import UserError
@@ -273,6 +273,7 @@ def ranges(draw: st.DrawFn) -> Param:
     return Param(kind=kind, low=low, high=high, log=log)
 
 
+@settings(deadline=None)
 @given(ranges(), st.data())
 def test_every_value_within_a_range_is_held_and_none_outside(param: Param, data: st.DataObject) -> None:
     between = st.integers if param.kind == "int" else st.floats
@@ -282,6 +283,7 @@ def test_every_value_within_a_range_is_held_and_none_outside(param: Param, data:
     assert not param.holds(data.draw(st.floats(min_value=param.high, exclude_min=True)))
 
 
+@settings(deadline=None)
 @given(
     start=st.floats(-100, 100),
     step=st.floats(0.001, 10),
@@ -298,6 +300,7 @@ def test_a_stepped_range_holds_its_grid_alone(
     assert not param.holds(start + step * (min(at, count - 1) + off))
 
 
+@settings(deadline=None)
 @given(choice=st.sampled_from([0, 1, True, False, 0.0, 1.0, "0", "True"]))
 def test_a_choice_is_held_in_its_own_kind(choice: Any) -> None:
     param = Param(kind="categorical", choices=[1, "0"])

@@ -6,7 +6,7 @@ pytest tests/test_view.py
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from story import BASE, Story
 
@@ -206,6 +206,7 @@ def test_a_settlement_takes_the_place_of_its_reservation(story: Story) -> None:
     assert story.spend("a-2", 0.0, "settled").view().spent_usd() == 0.125
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.integers(1, 64), st.integers(0, 64), st.booleans()), max_size=12
@@ -224,6 +225,7 @@ def test_what_is_spent_is_the_settled_and_the_outstanding(calls: list[tuple[int,
 # ---- the fold ----
 
 
+@settings(deadline=None)
 @given(st.integers(0, 24))
 def test_a_view_grown_event_by_event_is_the_view_built_at_once(cut: int) -> None:
     story = Story().begun().scored(BASE, 1, 2.0).scored(BASE, 2, 2.1).proposed(OTHER).scored(OTHER, 1, 1.0)
