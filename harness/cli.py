@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,9 +13,9 @@ import click
 
 from harness import __version__
 from harness.errors import ClusterLost, EndedEarly, UserError
+from harness.guard import restart
 
 EARLY = ("budget-hours", "budget-trials", "budget-gpu-hours", "signal")
-RESTARTS, MAX_RESTARTS = "MOUE_RESTARTS", 5  # after which a night's machine is beyond help
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
@@ -107,8 +106,9 @@ def search(space: Path, proposers: str | None, as_json: bool, **options: Any) ->
     shares = parse_shares(proposers) if proposers else None
     try:
         paths, reason = run_search(space, Options(proposers=shares, **options))
-    except ClusterLost:
-        _start_again()
+    except ClusterLost as loss:
+        if not restart("--resume"):
+            _end(1, f"{loss}, again and again; everything is saved: mend the machine, go on with --resume")
     written = _write_report(paths.name)
     if as_json:
         click.echo(json.dumps({"study": paths.name, "stopped": reason, "report": str(written)}))
@@ -178,18 +178,6 @@ def reject(study: str, candidate: str, why: str) -> None:
     _, ledger, view = load_study(study)
     review.reject(view, ledger, candidate, why)
     click.echo(f"rejected {candidate}: {why}")
-
-
-def _start_again() -> NoReturn:
-    """The same search with --resume in a fresh image of this process: a dead Ray cannot be used twice."""
-    restarts = int(os.environ.get(RESTARTS, "0")) + 1
-    if restarts > MAX_RESTARTS:
-        _end(
-            1, f"Ray's head died {restarts} times; everything is saved: mend the machine, go on with --resume"
-        )
-    os.environ[RESTARTS] = str(restarts)
-    more = [] if "--resume" in sys.orig_argv else ["--resume"]
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], *more])
 
 
 def _write_report(study: str, against: str | None = None) -> Path:

@@ -37,12 +37,13 @@ from ray.tune.search import Searcher
 
 from harness.dispatch import IDLE_SECONDS, Finished, Source
 from harness.errors import ClusterLost, UserError
-from harness.guard import below, running
+from harness.guard import below, restart, running
 from harness.space import Rung
 from harness.trial import TrialRunner, TrialSpec
 
 OBJECT_STORE_BYTES = 150 << 20
 WATCH_SECONDS = 1.0
+STUCK_SECONDS = 10.0
 
 
 def run_ray(
@@ -82,6 +83,8 @@ def run_ray(
         )
         with _head_watched():
             tuner.fit()
+            if searcher.error is None and not searcher.finished:
+                raise ClusterLost("Ray Tune ended before the night did")
     except ClusterLost:
         raise  # there is nothing left to shut down
     except BaseException:
@@ -126,6 +129,10 @@ def _head_watched() -> Iterator[None]:
         while not over.wait(WATCH_SECONDS):
             if not set(heads) <= running().keys():
                 signal.pthread_kill(main, signal.SIGUSR1)
+                if not over.wait(
+                    STUCK_SECONDS
+                ):  # in a call of Ray's that waits for the dead and hears no signal
+                    restart("--resume")
                 return
 
     before = signal.signal(signal.SIGUSR1, lost)
@@ -154,12 +161,14 @@ class StudySearcher(Searcher):
         super().__init__(metric="ok", mode="max")
         self._source = source
         self._specs: dict[str, TrialSpec] = {}
+        self.finished = False
         self.error: BaseException | None = None  # ours, not Tune's to log and swallow
 
     def suggest(self, trial_id: str) -> dict | str | None:
         try:
             spec = None if self.error else self._source.next_task()
         except Finished:
+            self.finished = True
             return Searcher.FINISHED
         except Exception as error:
             self.error = error

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 MARK = "MOUE_NIGHT"
+RESTARTS, MAX_RESTARTS = "MOUE_RESTARTS", 5  # after which a night's machine is beyond help
 COUNT_SECONDS = 0.5
 SWEEPS, PAUSE_SECONDS = 20, 0.1  # a process that forks while it is being killed is met by a later sweep
 
@@ -39,6 +40,20 @@ def guarded() -> Iterator[None]:
         del os.environ[MARK]
         guard.stdin.close()
         guard.wait()
+
+
+def restart(flag: str) -> bool:
+    """Runs this command anew, with `flag`, in a fresh image of this process; false after too many times.
+
+    What the old image had started is left to its guard, which sees its end.
+    """
+    count = int(os.environ.get(RESTARTS, "0")) + 1
+    if count > MAX_RESTARTS:
+        return False
+    os.environ[RESTARTS] = str(count)
+    os.environ.pop(MARK, None)
+    arguments = sys.orig_argv[1:] + ([] if flag in sys.orig_argv else [flag])
+    os.execv(sys.executable, [sys.executable, *arguments])
 
 
 def running() -> dict[Process, int]:
@@ -74,7 +89,7 @@ def main(mark: str) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # it has to outlive the driver
     driver, known = os.getppid(), set()
-    others = {p for p in running() if p[0] == os.getpid()} | below(
+    others = {p for p in running() if p[0] in (driver, os.getpid())} | below(
         driver, running(), set()
     )  # not the night's
     while not select.select([sys.stdin], [], [], COUNT_SECONDS)[0]:

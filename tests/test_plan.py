@@ -154,6 +154,13 @@ def test_what_is_drawn_lies_in_the_space(raw: dict, seed: int) -> None:
         assert space.params["x"].holds(random_settings(space, rng)["x"])
 
 
+def test_the_last_step_does_not_overshoot() -> None:
+    param = {"kind": "float", "low": 0.1, "high": 0.7, "step": 0.2}  # 0.1 + 3 * 0.2 > 0.7 in binary
+    raw = {"name": "draws", "baseline": {"x": 0.1}, "params": {"x": param}}
+    space, rng = parse_space({**raw, "rungs": [{"depth": 1, "tokens": 1}]}, "here"), random.Random(0)
+    assert max(random_settings(space, rng)["x"] for _ in range(50)) == 0.7
+
+
 # ---- status ----
 
 BUDGET = {"hours": 8.0, "usd": 5.0}
