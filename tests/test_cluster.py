@@ -89,6 +89,10 @@ def descendants(root: int) -> dict[int, str]:
     return {pid: lines[pid] for pid in below}
 
 
+def _has_zygote(pid: int) -> bool:
+    return any("harness.zygote" in line for line in descendants(pid).values())
+
+
 def ours() -> dict[int, str]:
     """Processes of this test's night, whoever adopted them: they name its folder or were started for it."""
     here, found = os.getcwd(), {}
@@ -180,7 +184,7 @@ def test_a_killed_head_is_started_again(finite: Path, victim: str) -> None:
 def test_a_killed_worker_is_replaced_and_its_trial_repeated(finite: Path) -> None:
     process = start()
     wait_for(lambda: finished() >= 4, process)
-    slots = [p for p, line in descendants(process.pid).items() if "ray::Slot" in line]
+    slots = [p for p, line in descendants(process.pid).items() if line.startswith("ray::") and _has_zygote(p)]
     assert slots
     os.kill(slots[0], signal.SIGKILL)
     _, log = process.communicate(timeout=250)
