@@ -21,11 +21,11 @@ PLACEBO_STRIDE = 50
 
 
 class Refusal(Exception):
-    """Why a proposal is not run; `in_range` says whether its values at least lie in the space."""
+    """Why a proposal is not run: `kind` is out_of_range, config, constraint or duplicate."""
 
-    def __init__(self, kind: str, detail: str, in_range: bool = True):
+    def __init__(self, kind: str, detail: str):
         super().__init__(detail)
-        self.kind, self.in_range = kind, in_range
+        self.kind = kind
 
 
 class Describer:
@@ -109,7 +109,7 @@ class Admission:
         try:
             settings = self._space.complete(proposal.overrides)
         except UserError as error:
-            raise Refusal("out_of_range", str(error), in_range=False) from None
+            raise Refusal("out_of_range", str(error)) from None
         try:
             facts = self._describer.facts(settings)
         except UserError as error:

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.errors import UserError
+from harness.ledger import Event
 from harness.space import Settings, Space, canonical
 from harness.view import BASELINE_ARM, PLACEBO_ARM, Candidate, Status, StudyView
 
+INFEASIBLE = ("config", "constraint")  # kinds of refusal that say something about the point itself
 ARMS = ("random", "optuna", "agent", PLACEBO_ARM)
 
 
@@ -44,8 +46,8 @@ class Proposer:
     def tell(self, view: StudyView, candidate: Candidate) -> None:
         """A candidate of any arm has its final verdict."""
 
-    def refuse(self, overrides: Settings) -> None:
-        """A proposal of this arm was not run: infeasible, or a duplicate."""
+    def refuse(self, rejected: Event) -> None:
+        """A proposal of this arm was not run; its `rejected` record says why."""
 
     def close(self) -> None:
         """The night is over."""
@@ -66,7 +68,8 @@ class OptunaProposer(Proposer):
     """An Optuna sampler over the declared space; one Optuna trial is one candidate, never one seed.
 
     The study lives in memory and is rebuilt from the ledger by `tell`. A fresh sampler per ask, seeded by
-    the index, makes a suggestion a function of the history alone, so a resumed night goes on as it would have.
+    the index, makes a random proposal a function of the space and the index alone, and one of TPE's a function
+    of these and of what it was told.
     """
 
     def __init__(self, space: Space, arm: str, seed: int):
@@ -127,8 +130,16 @@ class OptunaProposer(Proposer):
         self._told.add(candidate.id)
         self._settle(candidate.settings, None if failed else sum(values.values()) / len(values))
 
-    def refuse(self, overrides: Settings) -> None:
-        self._settle(self._space.complete(overrides), None)
+    def refuse(self, rejected: Event) -> None:
+        from optuna.trial import TrialState
+
+        if rejected["kind"] not in INFEASIBLE and rejected["kind"] != "duplicate":
+            return
+        settings = self._space.complete(rejected["overrides"])
+        if rejected["kind"] in INFEASIBLE:
+            self._settle(settings, None)
+        elif asked := self._asked[self._key(settings)]:  # what it is worth is known from the first one
+            self._study.tell(asked.pop(), state=TrialState.FAIL)
 
     def _settle(self, settings: Settings, mean: float | None) -> None:
         """The outcome of the point: of this sampler's own trial there, where it has one."""
@@ -217,5 +228,5 @@ def replay(proposer: Proposer, view: StudyView) -> None:
         if candidate.arm == BASELINE_ARM or candidate.status not in (Status.OPEN, Status.AUDIT):
             proposer.tell(view, candidate)
     for event in view.rejected:
-        if event["arm"] == proposer.arm and event.get("overrides"):
-            proposer.refuse(event["overrides"])
+        if event["arm"] == proposer.arm:
+            proposer.refuse(event)

@@ -325,9 +325,9 @@ class Search:
                 "kind": refusal.kind,
                 "detail": str(refusal),
             }
-            self._write(rejected | {"overrides": proposal.overrides, "call": proposal.call})
-            if refusal.in_range:
-                self.proposers[proposal.arm].refuse(proposal.overrides)
+            rejected |= {"overrides": proposal.overrides, "call": proposal.call}
+            self._write(rejected)
+            self.proposers[proposal.arm].refuse(rejected)
             log.info("proposal refused arm=%s kind=%s %s", proposal.arm, refusal.kind, refusal)
             return False
         self._write(event)

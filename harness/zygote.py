@@ -35,7 +35,12 @@ KEPT_PREFIXES = ("CUDA_", "NVIDIA_", "NCCL_", "MOUE_")
 def clean_environment() -> dict[str, str]:
     """What a trainer may see of our environment: no key, no token; one thread a trial."""
     kept = {k: v for k, v in os.environ.items() if k in KEPT_VARIABLES or k.startswith(KEPT_PREFIXES)}
-    return kept | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return kept | {
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
 
 
 def confine(memory_mib: int | None) -> None:

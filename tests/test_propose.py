@@ -86,7 +86,7 @@ def night(story: Story, made: OptunaProposer, count: int, first: int = 0) -> lis
         asked.append(proposal.overrides)
         if index % 5 == 4:
             story.tell("rejected", arm=made.arm, kind="constraint", detail="", overrides=proposal.overrides)
-            made.refuse(proposal.overrides)
+            made.refuse({"kind": "constraint", "overrides": proposal.overrides})
             continue
         candidate, chosen = f"{made.arm}-{index}", space.complete(proposal.overrides)
         story.proposed(candidate, made.arm, settings=chosen)
@@ -253,7 +253,7 @@ def test_a_duplicate_leaves_nothing_running() -> None:
         overrides = made.ask(story.view(), index).overrides
         name = str(sorted(overrides.items()))
         if name in waiting:
-            made.refuse(overrides)
+            made.refuse({"kind": "duplicate", "overrides": overrides})
         else:
             waiting[name] = overrides
             story.proposed(name, settings=overrides).scored(name, 1, 2.0).verdict(name, "discard")
@@ -263,6 +263,7 @@ def test_a_duplicate_leaves_nothing_running() -> None:
     states = Counter(t.state for t in told(made))
     assert states[TrialState.RUNNING] == 0
     assert states[TrialState.COMPLETE] == len(waiting) + 1  # and the baseline
+    assert states[TrialState.FAIL] == 24 - len(waiting), "a duplicate says nothing against its point"
 
 
 def test_replay_tells_decided_candidates_of_all_arms_and_own_refusals_alone() -> None:
