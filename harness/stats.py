@@ -51,8 +51,9 @@ class Difference:
 def pooled_noise(groups: Iterable[Runs], pairs: Iterable[tuple[Runs, Runs]] = ()) -> Noise:
     """Variance over `groups` (runs of one setting each); seed correlation over (control, candidate) pairs.
 
-    The correlation is the regression of candidate residuals on control residuals over shared seeds, shrunk
-    towards 0 by a few runs' weight and clipped to [0, 0.95].
+    The correlation is the smaller of the two regressions between candidate and control residuals over shared
+    seeds (where one side is noisier, the other one would promise too small an error), shrunk towards 0 by a
+    few runs' weight and clipped to [0, 0.95].
     """
     squares, df = 0.0, 0
     for runs in groups:
@@ -62,7 +63,7 @@ def pooled_noise(groups: Iterable[Runs], pairs: Iterable[tuple[Runs, Runs]] = ()
             df += len(values) - 1
     assert df > 0, "no setting has two seeds"
     variance = max(squares / df, 1e-18)  # identical runs: a floor that keeps z finite
-    sxy = sxx = 0.0
+    sxy = sxx = syy = 0.0
     for control, candidate in pairs:
         seeds = sorted(control.keys() & candidate.keys())
         if len(seeds) >= 2:
@@ -70,7 +71,8 @@ def pooled_noise(groups: Iterable[Runs], pairs: Iterable[tuple[Runs, Runs]] = ()
             y = np.array([candidate[s] for s in seeds])
             sxy += float(((x - x.mean()) * (y - y.mean())).sum())
             sxx += float(((x - x.mean()) ** 2).sum())
-    rho = min(MAX_RHO, max(0.0, sxy / (sxx + RHO_PRIOR_RUNS * variance)))
+            syy += float(((y - y.mean()) ** 2).sum())
+    rho = min(MAX_RHO, max(0.0, sxy / (max(sxx, syy) + RHO_PRIOR_RUNS * variance)))
     return Noise(variance, df, rho)
 
 

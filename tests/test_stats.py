@@ -41,7 +41,8 @@ def test_seed_correlation_is_found_and_shrunk() -> None:
     assert pooled_noise([a, b], [(a, b)]).rho == pytest.approx(0.6, abs=0.12)
     few = ({s: a[s] for s in range(3)}, {s: b[s] for s in range(3)})
     x, y = np.array(list(few[0].values())), np.array(list(few[1].values()))
-    slope = ((x - x.mean()) * (y - y.mean())).sum() / (((x - x.mean()) ** 2).sum() + 6 * 1.0)
+    widest = max(((x - x.mean()) ** 2).sum(), ((y - y.mean()) ** 2).sum())
+    slope = ((x - x.mean()) * (y - y.mean())).sum() / (widest + 6 * 1.0)
     assert pooled_noise([{0: 0.0, 1: math.sqrt(2)}], [few]).rho == pytest.approx(max(0, slope), abs=1e-9)
 
 
@@ -74,6 +75,19 @@ def test_standard_error_is_honest() -> None:
             deltas.append(d.delta)
         assert np.std(deltas) == pytest.approx(d.se, rel=0.05)
         assert abs(np.mean(deltas)) < 4 * d.se / math.sqrt(len(deltas))
+
+
+def test_standard_error_holds_where_the_candidate_is_noisier() -> None:
+    """Control sd 0.5, candidate sd 1.2, correlated: the stated error is not below the true one."""
+    rng = np.random.default_rng(4)
+    pairs = []
+    for _ in range(60):
+        seed = rng.normal(0, 1, 8)
+        c = 0.4 * seed + rng.normal(0, 0.3, 8)
+        pairs.append((runs(list(c)), runs(list(0.8 * seed + rng.normal(0, 0.9, 8)))))
+    noise = pooled_noise([x for _, x in pairs], pairs)
+    deltas = [difference(c, {s: x[s] for s in range(4)}, noise).delta for c, x in pairs]
+    assert np.std(deltas) < 1.15 * difference(pairs[0][0], {s: pairs[0][1][s] for s in range(4)}, noise).se
 
 
 def test_bounds_at_each_look() -> None:
