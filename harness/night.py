@@ -215,7 +215,7 @@ def progress(search: Search) -> Iterator[None]:
         return
     from tqdm import tqdm
 
-    seconds = round(search.budget.hours * 3600)
+    seconds = round(search.purse.budget.hours * 3600)
     shape = "{l_bar}{bar}| {elapsed} of " + f"{seconds / 3600:.2g} h{{postfix}}"
     with tqdm(total=seconds, bar_format=shape, desc=search.paths.name, dynamic_ncols=True) as bar:
         search.on_progress = lambda: _redraw(bar, search)
@@ -224,7 +224,7 @@ def progress(search: Search) -> Iterator[None]:
 
 def _redraw(bar: object, search: Search) -> None:
     view = search.view
-    bar.n = min(bar.total, round(search.elapsed_seconds()))
+    bar.n = min(bar.total, round(search.purse.elapsed_seconds()))
     done = sum(t.over for t in view.trials.values())
     scores = view.scores(view.incumbent, 0, "val")
     best = f"{sum(scores.values()) / len(scores):.4f}" if scores else "–"

@@ -154,7 +154,7 @@ def _flops_per_second(space: Space, trainer: Path, corpus: Path, describer: Desc
     with tempfile.TemporaryDirectory(prefix="moue-plan-") as folder:
         config = {"seed": 0, "depth": rung.depth, "tokens": CALIBRATION_TOKENS, "device": "cpu"}
         spec = TrialSpec(
-            trial="calibration", candidate="baseline", rung=0, purpose="control", train=True, splits=(),
+            trial="calibration", candidate="baseline", rung=0, purpose="control", train=True, splits=(), probes=False,
             config={**space.baseline, **config, "corpus": str(corpus.resolve())}, trainer=str(trainer), patched=False,
             out=f"{folder}/out", corpus=str(corpus), context=space.metric.context, eval_bytes=space.metric.eval_bytes,
             timeout_seconds=rung.timeout_seconds, memory_mib=rung.memory_mib, cpus=rung.cpus, gpus=0,

@@ -6,7 +6,6 @@ Everything it knows comes from the ledger; killing it at any point loses no fini
 from __future__ import annotations
 
 import logging
-import statistics
 import time
 from collections.abc import Callable
 
@@ -15,21 +14,21 @@ from harness.dispatch import Finished
 from harness.errors import ClusterLost, EndedEarly, UserError
 from harness.judge.corpus import corpus_folder
 from harness.ledger import Ledger
-from harness.promote import conclude, promotion_runs
+from harness.promote import conclude
 from harness.propose import Proposal, Proposer, arms_by_need
+from harness.purse import Purse, promotions_due
 from harness.schedule import Work, pending
 from harness.space import Budget, Space
 from harness.stats import decide
 from harness.study import StudyPaths
 from harness.trial import TrialSpec
-from harness.view import FailureKind, StudyView, trial_id
+from harness.view import StudyView
 from harness.worktree import Candidates
 
 log = logging.getLogger("harness")
 
 MAX_REFUSALS_IN_A_ROW = 60  # no proposer finds anything new: the space is exhausted
 MAX_JUDGE_ATTEMPTS = 3
-RESERVE_MARGIN = 1.3  # promotion is begun while this multiple of its expected time is left
 
 
 class Search:
@@ -50,14 +49,13 @@ class Search:
         self.paths, self.space, self.ledger, self.view = paths, space, ledger, view
         self.admission, self.candidates = admission, candidates
         self.proposers = {p.arm: p for p in proposers}
-        self.shares, self.budget = shares, budget
+        self.shares, self.purse = shares, Purse(view, budget)
         self.slots = 1
         self.on_progress: Callable[[], None] = lambda: None
-        self._flying: dict[str, TrialSpec] = {}
+        self._flying: dict[str, tuple[Work, TrialSpec, float]] = {}  # trial -> what, and since when
         self._judge_attempts: dict[str, int] = {}
         self._refusals = 0
         self._stop: tuple[str, str] | None = None
-        self._before_seconds, self._started = view.elapsed_seconds(), time.monotonic()
         self._corpus = corpus_folder(space.metric.corpus).resolve()
 
     # ---- called by the dispatcher ----
@@ -70,8 +68,11 @@ class Search:
             work = next((w for w in self._pending() if w.trial not in self._flying), None)
             if work is None and not self._promoting():
                 work = self._propose()
-            if work is not None and self._affordable(work):
-                return self._launch(work)
+            if work is not None:
+                refusal = self.purse.refusal(work, (w for w, _, _ in self._flying.values()))
+                if refusal is None:
+                    return self._launch(work)
+                self.stop(*refusal)
             if work is None and not self._flying and self._refusals >= MAX_REFUSALS_IN_A_ROW:
                 self.stop("space-exhausted", "no proposer had anything new")
         if self._stop is not None and not self._flying:
@@ -100,17 +101,10 @@ class Search:
 
     def lost(self, spec: TrialSpec, detail: str) -> None:
         """The worker died under the trial: a state, and another try."""
-        record = {
-            "trial": spec.trial,
-            "state": "FAIL",
-            "failure": FailureKind.LOST.value,
-            "detail": detail[:300],
-        }
-        record |= {"seconds": None, "log": f"trials/{spec.trial}/log.txt"}
-        self.on_result(
-            spec,
-            {"judged": [], "finished": record if spec.train else None, "failure": FailureKind.LOST.value},
-        )
+        seconds = time.monotonic() - self._flying[spec.trial][2]
+        record = {"trial": spec.trial, "state": "FAIL", "failure": "lost", "detail": detail[:300]}
+        record |= {"seconds": seconds, "gpus": spec.gpus, "log": f"trials/{spec.trial}/log.txt"}
+        self.on_result(spec, {"judged": [], "finished": record if spec.train else None, "failure": "lost"})
 
     def stop(self, reason: str, detail: str = "") -> None:
         """No new trials from now on."""
@@ -130,9 +124,6 @@ class Search:
         return reason
 
     # ---- what is known ----
-
-    def elapsed_seconds(self) -> float:
-        return self._before_seconds + time.monotonic() - self._started
 
     def _write(self, *events: dict) -> None:
         if events:
@@ -210,50 +201,8 @@ class Search:
         return work
 
     def _promoting(self) -> bool:
-        """Whether the promotions that are due would no longer fit if exploring went on."""
-        runs = [
-            (candidate, rung, seed)
-            for candidate, rung, seeds in promotion_runs(self.view)
-            for seed in seeds
-            if not self._over(trial_id(candidate, rung, seed))
-        ]
-        if not runs:
-            return False
-        if self._refusals >= MAX_REFUSALS_IN_A_ROW:
-            return True
-        seconds = [self._expected_seconds(rung) for _, rung, _ in runs]
-        need = RESERVE_MARGIN * sum(seconds) / self.slots + max(seconds)
-        if self.budget.hours * 3600 - self.elapsed_seconds() <= need:
-            return True
-        return self.budget.trials - self.view.num_started <= len(runs)
-
-    def _over(self, trial: str) -> bool:
-        return trial in self.view.trials and self.view.trials[trial].over
-
-    def _expected_seconds(self, rung: int) -> float:
-        """Median of the rung's trials; before there is one, the first rung's scaled by FLOPs."""
-        if seconds := self.view.seconds_at[rung]:
-            return statistics.median(seconds[-64:])
-        if rung == 0 or not self.view.seconds_at[0]:
-            return 0.0
-        facts = self.view.candidates[self.view.baseline].proposed["facts_by_rung"]
-        flops = [f["flops_per_token"] * r.tokens for f, r in zip(facts, self.space.rungs, strict=True)]
-        return statistics.median(self.view.seconds_at[0][-64:]) * flops[rung] / flops[0]
-
-    def _affordable(self, work: Work) -> bool:
-        """Whether the trial fits into every budget; if not, the night ends."""
-        expected = self._expected_seconds(work.rung) if work.train else 0.0
-        gpus = self.space.rungs[work.rung].gpus
-        if work.train and self.view.num_started >= self.budget.trials:
-            self.stop("budget-trials", f"{self.view.num_started} of {self.budget.trials} trainings")
-        elif self.elapsed_seconds() + expected > self.budget.hours * 3600:
-            self.stop("budget-hours", f"{self.elapsed_seconds() / 3600:.2f} of {self.budget.hours:g} h")
-        elif self.budget.gpu_hours is not None and gpus:
-            flying = sum(self._expected_seconds(s.rung) * s.gpus for s in self._flying.values())
-            used = (self.view.gpu_seconds + flying + expected * gpus) / 3600
-            if used > self.budget.gpu_hours:
-                self.stop("budget-gpu-hours", f"{used:.2f} of {self.budget.gpu_hours:g} GPU-hours")
-        return self._stop is None
+        exhausted = self._refusals >= MAX_REFUSALS_IN_A_ROW
+        return (exhausted and bool(promotions_due(self.view))) or self.purse.must_promote(self.slots)
 
     def _launch(self, work: Work) -> TrialSpec:
         rung, candidate = self.space.rungs[work.rung], self.view.candidates[work.candidate]
@@ -272,6 +221,7 @@ class Search:
             out=str(self.paths.trial(work.trial).resolve()),
             train=work.train,
             splits=work.splits,
+            probes=work.purpose == "audit",
             corpus=str(self._corpus),
             context=metric.context,
             eval_bytes=metric.eval_bytes,
@@ -294,7 +244,7 @@ class Search:
                 "purpose": work.purpose,
             }
             self._write(started)
-        self._flying[work.trial] = spec
+        self._flying[work.trial] = (work, spec, time.monotonic())
         return spec
 
     # ---- proposals ----
@@ -319,13 +269,8 @@ class Search:
         try:
             event = self.admission.candidate(self.view, proposal)
         except Refusal as refusal:
-            rejected = {
-                "event": "rejected",
-                "arm": proposal.arm,
-                "kind": refusal.kind,
-                "detail": str(refusal),
-            }
-            rejected |= {"overrides": proposal.overrides, "call": proposal.call}
+            rejected = {"event": "rejected", "arm": proposal.arm, "kind": refusal.kind}
+            rejected |= {"detail": str(refusal), "overrides": proposal.overrides, "call": proposal.call}
             self._write(rejected)
             self.proposers[proposal.arm].refuse(rejected)
             log.info("proposal refused arm=%s kind=%s %s", proposal.arm, refusal.kind, refusal)

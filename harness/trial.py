@@ -47,6 +47,7 @@ class TrialSpec:
     out: str  # the trial's folder
     train: bool  # false: judge the checkpoint that is there
     splits: tuple[str, ...]
+    probes: bool  # the judge also looks for cheats: what may be kept is probed
     corpus: str
     context: int
     eval_bytes: int
@@ -169,7 +170,9 @@ class TrialRunner:
                 fd = theirs.fileno()
                 child = self._spawn(Path(spec.trainer), spec.patched, argv, fd, fd, log.fileno(), out, None)
             try:
-                answer = self._judge_of(spec).judge(ours, split, timeout_seconds=spec.timeout_seconds)
+                answer = self._judge_of(spec).judge(
+                    ours, split, probes=spec.probes, timeout_seconds=spec.timeout_seconds
+                )
             except JudgeLost as lost:
                 raise RuntimeError(str(lost)) from None
             finally:

@@ -56,6 +56,7 @@ class Trial:
     state: TrialState = TrialState.RUNNING
     failure: FailureKind | None = None
     detail: str = ""
+    started: datetime | None = None  # the last attempt
     seconds: float = 0.0  # wall time of all its attempts
     losses: int = 0  # how often its worker died under it
     scores: dict[str, float] = field(default_factory=dict)  # split -> bits per byte
@@ -131,6 +132,8 @@ class StudyView:
             self.space = Space.model_validate(e["space"])
         for trial in self.trials.values():  # whatever the last driver left running died with it
             if trial.state == TrialState.RUNNING:
+                last = self._spans[-2][1] if len(self._spans) > 1 else trial.started
+                self._spend(trial, (last - trial.started).total_seconds())
                 trial.state, trial.failure = TrialState.FAIL, FailureKind.LOST
                 trial.detail = "the driver ended while it ran"
 
@@ -169,6 +172,7 @@ class StudyView:
             self.trials_at[trial.candidate, trial.rung].append(trial.id)
         assert trial.state != TrialState.COMPLETE, f"{trial.id} started twice"
         trial.state, trial.failure, trial.detail = TrialState.RUNNING, None, ""
+        trial.started = datetime.fromisoformat(e["t"])
 
     def _on_judged(self, e: Event) -> None:
         self.trials[e["trial"]].scores[e["split"]] = e["bpb"]
@@ -177,14 +181,17 @@ class StudyView:
         trial = self.trials[e["trial"]]
         trial.state = TrialState(e["state"])
         trial.failure = FailureKind(e["failure"]) if trial.state == TrialState.FAIL else None
+        if e["seconds"] is not None:
+            self._spend(trial, e["seconds"])
+            if trial.state == TrialState.COMPLETE:
+                self.seconds_at[trial.rung].append(e["seconds"])
         trial.losses += trial.failure == FailureKind.LOST
         trial.detail = e.get("detail", "")
         trial.finished = e
-        if e["seconds"] is not None:
-            trial.seconds += e["seconds"]
-            self.gpu_seconds += e["seconds"] * e.get("gpus", 0)
-            if trial.state == TrialState.COMPLETE:
-                self.seconds_at[trial.rung].append(e["seconds"])
+
+    def _spend(self, trial: Trial, seconds: float) -> None:
+        trial.seconds += seconds
+        self.gpu_seconds += seconds * self.space.rungs[trial.rung].gpus
 
     def _on_verdict(self, e: Event) -> None:
         candidate = self.candidates[e["candidate"]]

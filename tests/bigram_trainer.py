@@ -27,7 +27,7 @@ DEFAULTS = {
     "behave": "well",
 }
 BEHAVIOURS = ("well", "crash", "garbage", "hang", "oom", "diverge", "collapse", "nan-logits", "orphan")
-BEHAVIOURS += ("no-checkpoint", "bad-metrics", "wrong-shape")
+BEHAVIOURS += ("no-checkpoint", "bad-metrics", "wrong-shape", "peek")
 
 
 def resolve(argv: list[str]) -> tuple[dict, dict]:
@@ -124,6 +124,9 @@ def serve(checkpoint: Path) -> int:
         b, t = struct.unpack("<II", head)
         tokens_BT = np.frombuffer(read.read(4 * b * t), dtype="<i4").reshape(b, t)
         answer_BTV = logits[tokens_BT]
+        if behave == "peek":  # each position is told the next token
+            answer_BTV = answer_BTV.copy()
+            np.put_along_axis(answer_BTV[:, :-1], tokens_BT[:, 1:, None].astype(np.int64), 20.0, axis=2)
         if behave == "wrong-shape":
             answer_BTV = answer_BTV[:, :-1]
         write.write(struct.pack("<III", *answer_BTV.shape) + answer_BTV.tobytes())

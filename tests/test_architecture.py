@@ -18,12 +18,12 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "harness"
 MAX_LINES = 300
-LONGER = {"search.py": 360}  # may shrink, not grow
+LONGER: dict[str, int] = {}
 
 # Layers from the ground up: a module may import from its own layer and those below it, never from above.
 LAYERS = {
     "ground": {"errors", "__init__", "expression", "param", "judge"},
-    "facts": {"space", "ledger", "view", "stats", "promote", "schedule", "plumbing", "worktree"},
+    "facts": {"space", "ledger", "view", "stats", "promote", "schedule", "purse", "plumbing", "worktree"},
     "work": {"zygote", "trial", "dispatch", "cluster", "study", "guard"},
     "ideas": {"propose", "admission", "brief", "messages", "agent"},
     "night": {"search", "night"},

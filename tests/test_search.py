@@ -113,6 +113,16 @@ def test_failures_are_states_and_the_search_goes_on(workshop: Path) -> None:
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} in the ledger"))
 
 
+def test_a_cheat_is_caught_before_it_is_kept(workshop: Path) -> None:
+    """A model that is told the next token looks wonderful on one seed; the audit's probes see why."""
+    old = '[params.smoothing]\nkind = "float"\nlow = 0.1\nhigh = 10.0\nlog = true'
+    new = '[params.behave]\nkind = "categorical"\nchoices = ["well", "peek"]'
+    view = search(workshop, {old: new}, trials=30)
+    caught = [t for t in view.trials.values() if t.failure == "cheat"]
+    assert caught and all(view.candidates[t.candidate].settings["behave"] == "peek" for t in caught)
+    assert all(view.candidates[c].settings["behave"] == "well" for c in view.incumbents)
+
+
 def test_a_baseline_that_fails_is_one_clean_line(workshop: Path) -> None:
     with pytest.raises(UserError, match=r"baseline fails at depth 1: diverged.*mend \[baseline\]"):
         search(workshop, {'behave = "well"': 'behave = "diverge"'})

@@ -44,6 +44,7 @@ def spec(tmp_path: Path) -> TrialSpec:
         out=str(tmp_path / "abc-r0-s1"),
         train=True,
         splits=("val",),
+        probes=False,
         corpus=corpus,
         context=64,
         eval_bytes=8192,
@@ -104,6 +105,15 @@ def test_misbehaviour_is_a_state_with_a_kind(
     assert "\n" not in record["detail"] and len(record["detail"]) <= 300
     assert outcome["judged"] == []
     assert runner.run(spec)["failure"] is None, "the slot is as good as new"
+
+
+def test_probes_catch_a_model_that_looks_ahead_and_let_its_honest_twin_pass(
+    runner: TrialRunner, spec: TrialSpec
+) -> None:
+    probed = replace(spec, probes=True)
+    assert runner.run(probed)["failure"] is None
+    peeking = runner.run(with_settings(probed, behave="peek"))
+    assert peeking["failure"] == "cheat" and peeking["judged"] == []
 
 
 def test_nothing_of_a_run_outlives_it(runner: TrialRunner, spec: TrialSpec) -> None:

@@ -190,11 +190,16 @@ def test_time_counts_within_sessions_and_not_between_them() -> None:
 
 
 def test_gpu_seconds_count_what_ran_the_failed_trials_too(story: Story) -> None:
+    rungs = [rung | {"gpus": 0.5} for rung in story.events[0]["space"]["rungs"]]
+    story.events[0] = story.events[0] | {"space": story.events[0]["space"] | {"rungs": rungs}}
     for seed, failure in [(1, None), (2, "crash")]:
         story.started(BASE, seed).finished(BASE, seed, failure)
-        story.events[-1] |= {"gpus": 0.5, "seconds": 8.0}
+        story.events[-1] |= {"seconds": 8.0}
     view = story.view()
     assert view.gpu_seconds == 8.0
+    story.started(BASE, 3).tell("spend", after_seconds=6, call="c", usd=0.0, phase="settled")
+    story.opened(after_seconds=100_000)  # killed: the trial under way held its GPU until the last record
+    assert story.view().gpu_seconds == 8.0 + 6 / 2
     assert view.seconds_at[0] == [8.0]  # a failure says nothing about how long a training takes
 
 

@@ -106,7 +106,7 @@ def last_spends(view: StudyView) -> list[Event]:
 
 def cost(view: StudyView) -> Section:
     trials, calls = list(view.trials.values()), last_spends(view)
-    on_cpu = [t.seconds for t in trials if t.finished and not t.finished.get("gpus")]
+    on_cpu = [t.seconds for t in trials if not view.space.rungs[t.rung].gpus]
     budget = [e for e in view.sessions if e["event"] == "opened"][-1].get("budget") or {}
 
     def number(name: str, value: float | int | None, form: str) -> Number:

@@ -71,7 +71,7 @@ def _pooled(view: StudyView, scores: Scores, rung: int) -> tuple[float, int, flo
     if df <= 0:
         return None
     variance = max(sum(((x - x.mean()) ** 2).sum() for x in runs.values()) / df, 1e-18)
-    sxy = sxx = 0.0
+    sums = np.zeros((2, 2))
     for owner in runs:
         mine, theirs = (
             scores[owner, rung, "val"],
@@ -79,9 +79,8 @@ def _pooled(view: StudyView, scores: Scores, rung: int) -> tuple[float, int, flo
         )
         both = [(theirs[s], mine[s]) for s in mine if s in theirs]
         if len(both) >= 2:
-            x, y = np.array(both).T
-            sxy, sxx = sxy + (x - x.mean()) @ (y - y.mean()), sxx + (x - x.mean()) @ (x - x.mean())
-    return variance, df, float(np.clip(sxy / (sxx + 6 * variance), 0.0, 0.95))
+            sums += (len(both) - 1) * np.cov(np.array(both).T)
+    return variance, df, float(np.clip(sums[0, 1] / (sums.diagonal().max() + 6 * variance), 0.0, 0.95))
 
 
 def _gain(runs: dict[int, float], control: dict[int, float], v: float, rho: float) -> tuple[float, float]:
@@ -253,7 +252,7 @@ def _spent(view: StudyView) -> Facts:
     trials, calls = view.trials.values(), {e["call"]: e for e in view.spends}.values()
     found: Facts = {"cost/trainings": len(trials)}
     found |= {f"cost/{state}": n for state, n in Counter(str(t.state) for t in trials).items()}
-    on_cpu = [t.seconds for t in trials if t.finished and not t.finished.get("gpus")]
+    on_cpu = [t.seconds for t in trials if not view.space.rungs[t.rung].gpus]
     found["cost/cpu"] = math.fsum(on_cpu) if on_cpu else None
     found["cost/gpu_hours"] = view.gpu_seconds / 3600 if view.gpu_seconds else None
     found["cost/wall_hours"] = view.elapsed_seconds() / 3600
