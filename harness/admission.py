@@ -9,9 +9,10 @@ from typing import Any
 
 from harness.errors import UserError
 from harness.propose import Proposal
+from harness.records import BASELINE_ARM
 from harness.space import RUN_FIELDS, Settings, Space, canonical
 from harness.trial import Failure, TrialRunner
-from harness.view import BASELINE_ARM, StudyView
+from harness.view import StudyView
 from harness.worktree import Candidates
 
 ID_CHARS = 12
@@ -29,7 +30,7 @@ class Refusal(Exception):
 
 
 class Describer:
-    """Asks a trainer for its counts at every rung; memoised by settings."""
+    """Asks a trainer for its counts at every rung."""
 
     def __init__(self, space: Space, trainer: Path):
         self._space, self._trainer = space, trainer
@@ -44,13 +45,20 @@ class Describer:
         for rung in self._space.rungs:
             config = {**settings, "depth": rung.depth, "tokens": rung.tokens}
             try:
-                answer = self._runner.describe(self._trainer, config, Path(self._scratch.name))
+                answer = self._ask(config)
             except (Failure, RuntimeError) as failure:  # it refuses, or it cannot even be loaded
                 raise UserError(f"{self._trainer.name} at depth {rung.depth}: {failure}") from None
             if missing := [key for key in (*TOTALS, "config") if key not in answer]:
                 raise UserError(f"{self._trainer.name}: --describe leaves out {', '.join(missing)}; add them")
             answers.append(answer)
         return answers
+
+    def _ask(self, config: Settings) -> dict[str, Any]:
+        try:
+            return self._runner.describe(self._trainer, config, Path(self._scratch.name))
+        except (RuntimeError, OSError):  # our fork server died: a new one
+            self._runner.close()
+            return self._runner.describe(self._trainer, config, Path(self._scratch.name))
 
     def check(self, facts: list[dict[str, Any]]) -> str | None:
         """The first constraint or matched budget that does not hold at some rung."""
@@ -114,7 +122,11 @@ class Admission:
             facts = self._describer.facts(settings)
         except UserError as error:
             raise Refusal("config", str(error)) from None
-        if problem := self._describer.check(facts):
+        try:
+            problem = self._describer.check(facts)
+        except UserError as error:  # a rule that has no value at this point, as in 1 / 0
+            problem = str(error)
+        if problem:
             raise Refusal("constraint", problem)
         return settings, facts
 

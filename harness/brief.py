@@ -18,8 +18,9 @@ from statistics import mean, stdev
 from typing import Any
 
 from harness.ledger import Event, number
+from harness.records import BASELINE_ARM, Candidate, Status, TrialState
 from harness.space import Settings, Space
-from harness.view import BASELINE_ARM, Candidate, Status, StudyView, TrialState
+from harness.view import StudyView
 
 MAX_BRIEF_CHARS = 12_000
 ROW_COUNTS = (12, 8, 5, 3, 2, 1)  # rows a section, from the fullest brief to the barest
@@ -163,7 +164,7 @@ def _standards(view: StudyView) -> list[str]:
 
 
 def _candidate(view: StudyView, candidate: Candidate) -> dict[str, Any]:
-    look, failed = _look(candidate) or {}, view.failed(candidate.id, 0)
+    look, failed = _look(candidate) or {}, next(iter(view.failures(candidate.id, 0)), None)
     proposed = candidate.proposed
     return {
         "id": candidate.id,

@@ -102,10 +102,14 @@ def search(space: Path, proposers: str | None, as_json: bool, **options: Any) ->
     """The night: measure the noise floor, propose, train, decide, promote, report."""
     from harness.night import Options, run_search
     from harness.propose import parse_shares
+    from harness.space import load_space
 
     shares = parse_shares(proposers) if proposers else None
     try:
         paths, reason = run_search(space, Options(proposers=shares, **options))
+    except EndedEarly:
+        _write_report(options["study"] or load_space(space).name)
+        raise
     except ClusterLost as loss:
         if not restart("--resume"):
             _end(1, f"{loss}, again and again; everything is saved: mend the machine, go on with --resume")

@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -44,6 +45,7 @@ from harness.trial import TrialRunner, TrialSpec
 OBJECT_STORE_BYTES = 150 << 20
 WATCH_SECONDS = 1.0
 STUCK_SECONDS = 10.0
+CONNECT_SECONDS = 5.0
 
 
 def run_ray(
@@ -55,6 +57,8 @@ def run_ray(
     head that was started here dies.
     """
     local = {"num_cpus": workers, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    if address:
+        _check_address(address)
     try:
         ray.init(
             address=address or "local",
@@ -67,7 +71,7 @@ def run_ray(
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{where}: cannot be used: {first}") from None
     try:
-        source.slots = min(_slots(ray.cluster_resources(), rung) for rung in rungs)
+        source.slots = [_slots(rung) for rung in rungs]
         searcher = StudySearcher(source)
         tuner = tune.Tuner(
             tune.with_resources(Slot, _resources),
@@ -98,15 +102,36 @@ def run_ray(
         raise searcher.error
 
 
-def _slots(have: dict[str, float], rung: Rung) -> int:
-    by_gpu = have.get("GPU", 0) / rung.gpus if rung.gpus else float("inf")
-    slots = int(min(have.get("CPU", 0) / rung.cpus, by_gpu))
+def _slots(rung: Rung) -> int:
+    """Trials of the rung that fit beside each other, node by node: a trial does not span nodes."""
+    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+    slots = sum(_fits(node, rung) for node in nodes)
     if slots < 1:
+        have = "; ".join(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes)
         raise UserError(
-            f"a trial at depth {rung.depth} needs {rung.cpus:g} CPUs and {rung.gpus:g} GPUs, Ray has "
-            f"{have.get('CPU', 0):g} and {have.get('GPU', 0):g}; lower them in [[rungs]] or add machines"
+            f"a trial at depth {rung.depth} needs {rung.cpus:g} CPUs and {rung.gpus:g} GPUs on one node, Ray has "
+            f"{have}; lower them in [[rungs]] or add a machine"
         )
     return slots
+
+
+def _fits(node: dict[str, float], rung: Rung) -> int:
+    by_gpu = node.get("GPU", 0) / rung.gpus if rung.gpus else float("inf")
+    return int(min(node.get("CPU", 0) / rung.cpus, by_gpu))
+
+
+def _check_address(address: str) -> None:
+    """Ray waits minutes for a cluster that is not there; a plain connection knows at once."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or "//" in address:
+        return  # "auto", or a form that Ray understands itself
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        reason = error.strerror or "no answer"
+        raise UserError(
+            f"--ray-address {address}: {reason}; start the cluster with `ray start --head`"
+        ) from None
 
 
 def _resources(config: dict) -> tune.PlacementGroupFactory:

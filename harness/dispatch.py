@@ -17,7 +17,7 @@ class Finished(Exception):
 class Source(Protocol):
     """The night's search, as a dispatcher sees it. Called from one thread."""
 
-    slots: int
+    slots: list[int]  # trials that can run beside each other, per rung
 
     def next_task(self) -> TrialSpec | None:
         """The next trial to run; None while there is nothing to start. Raises Finished."""
@@ -31,7 +31,7 @@ class Source(Protocol):
 
 def run_inline(source: Source) -> None:
     """For tests and debugging."""
-    source.slots = 1
+    source.slots = [1] * len(source.slots)
     runner = TrialRunner()
     try:
         while True:

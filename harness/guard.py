@@ -96,7 +96,7 @@ def main(mark: str) -> None:
         known |= below(driver, running(), others)
     for _ in range(SWEEPS):
         processes = running()
-        for pid, _ in set(known):
+        for pid, _ in known & processes.keys():
             known |= below(pid, processes, others)
         left = {p for p in processes if p in known or (p not in others and carries(p[0], mark))}
         if not left:

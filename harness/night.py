@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import signal
 import sys
@@ -17,10 +18,12 @@ from harness.errors import EndedEarly, UserError
 from harness.guard import guarded
 from harness.ledger import Ledger
 from harness.propose import OptunaProposer, PlaceboProposer, Proposer, check_shares, replay
+from harness.records import PLACEBO_ARM
 from harness.search import Search
 from harness.space import Budget, Space, load_space
 from harness.study import (
     StudyPaths,
+    check_comparable,
     check_resumable,
     clear_false_start,
     ensure_corpus,
@@ -28,7 +31,7 @@ from harness.study import (
     only_driver,
     opened_event,
 )
-from harness.view import PLACEBO_ARM, StudyView
+from harness.view import StudyView
 from harness.worktree import Candidates, head_commit
 
 log = logging.getLogger("harness")
@@ -147,12 +150,7 @@ def _prepare(
             budget=budget.model_dump(),
         )
         if view.opened:
-            for key in ("judge_id", "trainer_sha256"):
-                if view.opened[key] != opened[key]:
-                    raise UserError(
-                        f"{paths.folder}: {key} is {opened[key][:16]} now, the study was opened with "
-                        f"{view.opened[key][:16]}; scores would not be comparable: search with --study NEW"
-                    )
+            check_comparable(view, opened, hashlib.sha256(trainer.read_bytes()).hexdigest())
         else:
             freeze(paths, space_file)
         ledger.append(opened, *([] if view.incumbents else [admission.baseline()]))
@@ -164,7 +162,9 @@ def _prepare(
     except BaseException:
         describer.close()
         raise
-    return Search(paths, space, ledger, view, admission, candidates, proposers, shares, budget), describer
+    search = Search(paths, space, ledger, view, admission, candidates, proposers, shares, budget)
+    search.sweep(list(view.trials))  # what a killed session could not
+    return search, describer
 
 
 def _proposer(arm: str, space: Space, paths: StudyPaths, budget: Budget) -> Proposer:

@@ -154,11 +154,26 @@ def _flops_per_second(space: Space, trainer: Path, corpus: Path, describer: Desc
     with tempfile.TemporaryDirectory(prefix="moue-plan-") as folder:
         config = {"seed": 0, "depth": rung.depth, "tokens": CALIBRATION_TOKENS, "device": "cpu"}
         spec = TrialSpec(
-            trial="calibration", candidate="baseline", rung=0, purpose="control", train=True, splits=(), probes=False,
-            config={**space.baseline, **config, "corpus": str(corpus.resolve())}, trainer=str(trainer), patched=False,
-            out=f"{folder}/out", corpus=str(corpus), context=space.metric.context, eval_bytes=space.metric.eval_bytes,
-            timeout_seconds=rung.timeout_seconds, memory_mib=rung.memory_mib, cpus=rung.cpus, gpus=0,
-        )  # fmt: skip
+            trial="calibration",
+            candidate="baseline",
+            rung=0,
+            purpose="control",
+            config={**space.baseline, **config, "corpus": str(corpus.resolve())},
+            trainer=str(trainer),
+            patched=False,
+            out=f"{folder}/out",
+            train=True,
+            splits=(),
+            probes=False,
+            corpus=str(corpus),
+            context=space.metric.context,
+            eval_bytes=space.metric.eval_bytes,
+            timeout_seconds=rung.timeout_seconds,
+            budget_seconds=rung.timeout_seconds,
+            memory_mib=rung.memory_mib,
+            cpus=rung.cpus,
+            gpus=0,
+        )
         runner = TrialRunner()
         try:
             outcome = runner.run(spec)["finished"]
@@ -170,4 +185,6 @@ def _flops_per_second(space: Space, trainer: Path, corpus: Path, describer: Desc
             raise UserError(f"the baseline fails at depth {rung.depth}: {failure.detail}") from None
         finally:
             runner.close()
+    if not metrics["tokens"]:
+        raise UserError(f"{trainer.name}: metrics.jsonl has no `tokens`; write how many a run has seen")
     return describer.baseline[0]["flops_per_token"] * metrics["tokens"] / outcome["seconds"]

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+from harness.records import TrialState, seed_of, trial_id
 from harness.stats import paired_interval
-from harness.view import StudyView, TrialState, seed_of, trial_id
+from harness.view import StudyView
+
+SPLIT = "audit"  # a promotion is a claim: it is read where nothing was chosen
+
+
+def expected_rungs(view: StudyView) -> list[int]:
+    """The rung of every training that promotion wants or, on deeper rungs, will want if its candidates gain."""
+    due, climbing = [], 0
+    wanted = promotion_runs(view)
+    for rung in range(1, len(view.space.rungs)):
+        runs = [(c, s) for c, r, seeds in wanted if r == rung for s in seeds]
+        trials = [view.trials.get(trial_id(c, rung, s)) for c, s in runs]
+        due += [rung for t in trials if t is None or not t.over]
+        if not runs and climbing and not view.space.rungs[rung].review:
+            due += [rung] * view.space.rungs[rung].seeds * (climbing + 1)
+        entering = len({c for c, _ in runs} - {view.baseline}) or climbing
+        climbing = min(view.space.rungs[rung].promote, entering)
+    return due
 
 
 def entrants(view: StudyView, rung: int) -> list[str]:
-    """Candidates that climb to `rung`, at most its quota: those already on it, then the latest keeps.
+    """Candidates that climb to `rung` now: those on their way, and the latest keeps within the rung's quota.
 
     Above the second rung only those climb that gained on the rung below; a refusal of a person's bars the way.
     """
-    there = [c for c in view.incumbents[1:] if view.trials_at.get((c, rung))]
+    decided = {e["candidate"] for e in view.promoted if e["rung"] == rung}
     if rung == 1:
         ready = view.incumbents[:0:-1]
     else:
@@ -19,17 +37,18 @@ def entrants(view: StudyView, rung: int) -> list[str]:
         ready = [e["candidate"] for e in sorted(gained, key=lambda e: -e["delta"])]
     if view.space.rungs[rung].review:
         ready = [c for c in ready if view.reviews.get(c, {}).get("action") == "accept"]
-    ready = [c for c in ready if c not in there and view.reviews.get(c, {}).get("action") != "reject"]
-    return (there + ready)[: max(len(there), view.space.rungs[rung - 1].promote)]
+    ready = [c for c in ready if view.reviews.get(c, {}).get("action") != "reject"]
+    ready = [c for c in ready[: view.space.rungs[rung - 1].promote] if c not in decided]
+    there = [c for c in view.incumbents[1:] if view.trials_at.get((c, rung)) and c not in decided]
+    return list(dict.fromkeys(there + ready))
 
 
 def promotion_runs(view: StudyView) -> list[tuple[str, int, list[int]]]:
     """(candidate, rung, seeds) that promotion wants: the entrant and the baseline on the same seeds."""
     runs = []
-    decided = {(e["candidate"], e["rung"]) for e in view.promoted}
     for rung in range(1, len(view.space.rungs)):
         seeds = [seed_of(rung, i) for i in range(view.space.rungs[rung].seeds)]
-        climbers = [c for c in entrants(view, rung) if (c, rung) not in decided]
+        climbers = entrants(view, rung)
         for candidate in climbers:
             runs.append((candidate, rung, seeds))
         if climbers:
@@ -54,13 +73,17 @@ def conclude(view: StudyView) -> list[dict]:
         event |= {"depth": view.space.rungs[rung].depth, "n": len(done), "complete": len(done) == len(seeds)}
         event |= {"trials": [trial_id(candidate, rung, s) for s in done]}
         event |= {"control": [trial_id(view.baseline, rung, s) for s in done]}
+        failed = sum(t.state == TrialState.FAIL for t in trials[0])
+        event |= {"split": SPLIT, "delta": None, "se": None, "low": None, "high": None}
         if len(done) >= 2:
-            runs = [view.scores(c, rung, "val") for c in (view.baseline, candidate)]
+            runs = [view.scores(c, rung, SPLIT) for c in (view.baseline, candidate)]
             control, mine = ({s: r[s] for s in done} for r in runs)
             delta, se, low, high = paired_interval(control, mine)
-            reason = "gains" if low > 0 else "loses" if high < 0 else "undecided"
-            event |= {"delta": delta, "se": se, "low": low, "high": high, "reason": reason}
-        else:
-            event |= {"delta": None, "se": None, "low": None, "high": None, "reason": "its runs failed"}
+            event |= {"delta": delta, "se": se, "low": low, "high": high}
+            event["reason"] = "gains" if low > 0 else "loses" if high < 0 else "undecided"
+        if failed or len(done) < 2:
+            event["reason"] = (
+                f"{failed} of its {len(seeds)} runs failed" if failed else "the baseline's runs failed"
+            )
         events.append(event)
     return events

@@ -12,8 +12,9 @@ from typing import Any
 
 from harness.errors import UserError
 from harness.ledger import Event
+from harness.records import BASELINE_ARM, PLACEBO_ARM, Candidate, Status
 from harness.space import Settings, Space, canonical
-from harness.view import BASELINE_ARM, PLACEBO_ARM, Candidate, Status, StudyView
+from harness.view import StudyView
 
 INFEASIBLE = ("config", "constraint")  # kinds of refusal that say something about the point itself
 ARMS = ("random", "optuna", "agent", PLACEBO_ARM)
@@ -38,6 +39,7 @@ class Proposer:
     """One arm. Never blocks: `ask` returns None when nothing is ready."""
 
     arm: str
+    exhausted: object = None  # why it will not propose again, once it is so
 
     def ask(self, view: StudyView, index: int) -> Proposal | None:
         """The arm's proposal number `index` (counts its accepted and refused ones, also before a resume)."""
@@ -124,7 +126,7 @@ class OptunaProposer(Proposer):
         if candidate.placebo or candidate.id in self._told:
             return
         values = view.scores(candidate.id, 0, "val")
-        failed = candidate.arm != BASELINE_ARM and view.failed(candidate.id, 0) is not None
+        failed = candidate.arm != BASELINE_ARM and bool(view.failures(candidate.id, 0))
         if not values and not failed:
             return
         self._told.add(candidate.id)

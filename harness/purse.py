@@ -6,10 +6,10 @@ import statistics
 import time
 from collections.abc import Iterable
 
-from harness.promote import promotion_runs
+from harness.promote import expected_rungs
 from harness.schedule import Work
 from harness.space import Budget
-from harness.view import StudyView, trial_id
+from harness.view import StudyView
 
 RESERVE_MARGIN = 1.3  # promotion is begun while this multiple of its expected time is left
 RECENT = 64  # trials that an expectation is taken from
@@ -42,7 +42,7 @@ class Purse:
         expected = self.expected_seconds(work.rung) if work.train else 0.0
         if work.train and view.num_started >= budget.trials:
             return "budget-trials", f"{view.num_started} of {budget.trials} trainings"
-        if self.elapsed_seconds() + expected > budget.hours * 3600:
+        if expected > self.seconds_left():
             return "budget-hours", f"{self.elapsed_seconds() / 3600:.2f} of {budget.hours:g} h"
         if budget.gpu_hours is not None:
             used = (view.gpu_seconds + sum(self._gpu_seconds(w.rung) for w in (*flying, work))) / 3600
@@ -50,14 +50,17 @@ class Purse:
                 return "budget-gpu-hours", f"{used:.2f} of {budget.gpu_hours:g} GPU-hours"
         return None
 
-    def must_promote(self, slots: int) -> bool:
+    def seconds_left(self) -> float:
+        return self.budget.hours * 3600 - self.elapsed_seconds()
+
+    def must_promote(self, slots: list[int]) -> bool:
         """Whether the promotions that are due would no longer fit if exploring went on."""
-        due = promotions_due(self._view)
+        due = expected_rungs(self._view)
         if not due:
             return False
-        seconds = [self.expected_seconds(rung) for rung in due]
-        need = RESERVE_MARGIN * sum(seconds) / slots + max(seconds)
-        if self.budget.hours * 3600 - self.elapsed_seconds() <= need:
+        need = sum(self.expected_seconds(rung) / slots[rung] for rung in due)
+        need += sum(self.expected_seconds(rung) for rung in set(due))  # the last trial of a rung runs alone
+        if self.seconds_left() <= RESERVE_MARGIN * need:
             return True
         if self.budget.gpu_hours is not None:
             need = RESERVE_MARGIN * sum(map(self._gpu_seconds, due))
@@ -67,13 +70,3 @@ class Purse:
 
     def _gpu_seconds(self, rung: int) -> float:
         return self.expected_seconds(rung) * self._view.space.rungs[rung].gpus
-
-
-def promotions_due(view: StudyView) -> list[int]:
-    """The rung of every training that promotion still wants."""
-    return [
-        rung
-        for candidate, rung, seeds in promotion_runs(view)
-        for seed in seeds
-        if (trial := view.trials.get(trial_id(candidate, rung, seed))) is None or not trial.over
-    ]

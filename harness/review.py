@@ -16,8 +16,9 @@ from typing import Any
 from harness.errors import UserError
 from harness.ledger import Event, Ledger, number
 from harness.plumbing import ENVIRONMENT, IDENTITY, GitError, Run, commit_files, git
+from harness.records import Candidate, Status
 from harness.space import Settings
-from harness.view import Candidate, Status, StudyView
+from harness.view import StudyView
 from harness.worktree import Candidates, settings_toml
 
 SHORTEST_PREFIX = 4

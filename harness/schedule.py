@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from harness.promote import SPLIT as PROMOTION_SPLIT
 from harness.promote import promotion_runs
+from harness.records import Candidate, Status, TrialState, trial_id
 from harness.stats import audit_control_seeds, control_seeds, control_size, needed_seeds
-from harness.view import Candidate, Status, StudyView, TrialState, trial_id
+from harness.view import StudyView
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def pending(view: StudyView, promoting: bool) -> Iterator[Work]:
             yield from _missing(view, candidate.id, 0, seeds, "look", ("val",))
     if promoting:
         for candidate_id, rung, seeds in promotion_runs(view):
-            yield from _missing(view, candidate_id, rung, seeds, "promotion", ("val",))
+            yield from _missing(view, candidate_id, rung, seeds, "promotion", ("val", PROMOTION_SPLIT))
 
 
 def _urgency(candidate: Candidate) -> tuple[int, int]:
@@ -77,3 +79,11 @@ def _missing(
             left = tuple(s for s in splits if s not in trial.scores)
             if left:
                 yield Work(candidate, rung, seed, purpose, left, train=False)
+
+
+def is_done_with(view: StudyView, trial: str) -> bool:
+    """Whether nothing will be judged again from the trial's weights."""
+    known = view.trials.get(trial)
+    if known is None or not known.over:
+        return False
+    return known.rung > 0 or not (known.candidate == view.incumbent or known.candidate in view.open)

@@ -7,28 +7,29 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from harness.admission import Admission, Refusal
+from harness.admission import Admission
+from harness.asking import Asking
 from harness.dispatch import Finished
 from harness.errors import ClusterLost, EndedEarly, UserError
 from harness.judge.corpus import corpus_folder
 from harness.ledger import Ledger
-from harness.promote import conclude
-from harness.propose import Proposal, Proposer, arms_by_need
-from harness.purse import Purse, promotions_due
-from harness.schedule import Work, pending
+from harness.promote import conclude, expected_rungs
+from harness.propose import Proposer
+from harness.purse import Purse
+from harness.schedule import Work, is_done_with, pending
 from harness.space import Budget, Space
 from harness.stats import decide
 from harness.study import StudyPaths
 from harness.trial import TrialSpec
-from harness.view import StudyView
+from harness.view import StudyView, history, signed
 from harness.worktree import Candidates
 
 log = logging.getLogger("harness")
 
-MAX_REFUSALS_IN_A_ROW = 60  # no proposer finds anything new: the space is exhausted
 MAX_JUDGE_ATTEMPTS = 3
+GRACE_SECONDS = 60.0  # a trial that outlasts the night's hours is ended, and repeated on --resume
 
 
 class Search:
@@ -47,14 +48,12 @@ class Search:
         budget: Budget,
     ):
         self.paths, self.space, self.ledger, self.view = paths, space, ledger, view
-        self.admission, self.candidates = admission, candidates
-        self.proposers = {p.arm: p for p in proposers}
-        self.shares, self.purse = shares, Purse(view, budget)
-        self.slots = 1
+        self.candidates, self.purse = candidates, Purse(view, budget)
+        self.asking = Asking(view, admission, proposers, shares)
+        self.slots = [1] * len(space.rungs)
         self.on_progress: Callable[[], None] = lambda: None
         self._flying: dict[str, tuple[Work, TrialSpec, float]] = {}  # trial -> what, and since when
         self._judge_attempts: dict[str, int] = {}
-        self._refusals = 0
         self._stop: tuple[str, str] | None = None
         self._corpus = corpus_folder(space.metric.corpus).resolve()
 
@@ -64,17 +63,19 @@ class Search:
         """The next trial to run, or None while there is nothing to start. Raises Finished at the end."""
         self._catch_up()
         self.on_progress()
-        if self._stop is None and len(self._flying) < self.slots:
+        if self.purse.seconds_left() <= 0:
+            self.stop("budget-hours", f"{self.purse.budget.hours:g} h are over")
+        if self._stop is None and len(self._flying) < max(self.slots):
             work = next((w for w in self._pending() if w.trial not in self._flying), None)
-            if work is None and not self._promoting():
+            if work is None and self._may_explore():
                 work = self._propose()
-            if work is not None:
+            if work is not None and len(self._flying) < self.slots[work.rung]:
                 refusal = self.purse.refusal(work, (w for w, _, _ in self._flying.values()))
                 if refusal is None:
                     return self._launch(work)
                 self.stop(*refusal)
-            if work is None and not self._flying and self._refusals >= MAX_REFUSALS_IN_A_ROW:
-                self.stop("space-exhausted", "no proposer had anything new")
+            if work is None and not self._flying and (reason := self.asking.nothing_left()):
+                self.stop(*reason)
         if self._stop is not None and not self._flying:
             raise Finished
         return None
@@ -94,17 +95,31 @@ class Search:
         self._write(*events)
         self._log_result(spec, outcome)
         if not spec.train and outcome["failure"]:
-            self._judge_attempts[spec.trial] = self._judge_attempts.get(spec.trial, 0) + 1
-            if self._judge_attempts[spec.trial] >= MAX_JUDGE_ATTEMPTS:
-                raise RuntimeError(f"{spec.trial} cannot be judged on {', '.join(spec.splits)}")
+            self._not_judged(spec, outcome)
         self._catch_up()
+        self.sweep([spec.trial])
+
+    def _not_judged(self, spec: TrialSpec, outcome: dict) -> None:
+        """A finished trial could not be scored on a further split: train it anew, then call it failed."""
+        self._drop_checkpoint(spec.trial)
+        self._judge_attempts[spec.trial] = self._judge_attempts.get(spec.trial, 0) + 1
+        if self._judge_attempts[spec.trial] >= MAX_JUDGE_ATTEMPTS:
+            failed = {
+                "event": "finished",
+                "trial": spec.trial,
+                "state": "FAIL",
+                "failure": outcome["failure"],
+            }
+            detail = f"cannot be judged on {', '.join(spec.splits)}: {outcome['detail']}"
+            self._write(failed | {"detail": detail, "seconds": None, "log": f"trials/{spec.trial}/judge.txt"})
 
     def lost(self, spec: TrialSpec, detail: str) -> None:
         """The worker died under the trial: a state, and another try."""
         seconds = time.monotonic() - self._flying[spec.trial][2]
         record = {"trial": spec.trial, "state": "FAIL", "failure": "lost", "detail": detail[:300]}
         record |= {"seconds": seconds, "gpus": spec.gpus, "log": f"trials/{spec.trial}/log.txt"}
-        self.on_result(spec, {"judged": [], "finished": record if spec.train else None, "failure": "lost"})
+        finished = record if spec.train else None
+        self.on_result(spec, {"judged": [], "finished": finished, "failure": "lost", "detail": detail})
 
     def stop(self, reason: str, detail: str = "") -> None:
         """No new trials from now on."""
@@ -113,7 +128,7 @@ class Search:
 
     def close(self, error: BaseException | None = None) -> str:
         """Writes why the session ended. Returns the reason."""
-        for proposer in self.proposers.values():
+        for proposer in self.asking.proposers.values():
             proposer.close()
         reason, detail = self._stop or ("finished", "")
         if error is not None:
@@ -143,8 +158,9 @@ class Search:
             self._announce(event)
 
     def _conclusion(self) -> dict | None:
-        failure = self.view.failed(self.view.baseline, 0)
-        if failure and self.view.incumbent == self.view.baseline:
+        failures = self.view.failures(self.view.baseline, 0)
+        if len(failures) > max(1, len(self.view.scores(self.view.baseline, 0, "val"))):
+            failure = failures[0]
             raise UserError(
                 f"the baseline fails at depth {self.space.rungs[0].depth}: {failure.failure}: {failure.detail} "
                 f"(log: {self.paths.trial(failure.id) / 'log.txt'}); mend [baseline] and search with --study NEW"
@@ -161,35 +177,25 @@ class Search:
         log.info(
             "candidate %s %s %s n=%d delta=%s z=%s arm=%s %s",
             candidate.id, what, event.get("stage", f"depth={event.get('depth')}"), event["n"],
-            _signed(event.get("delta")), _signed(event.get("z"), 2), candidate.arm, event["reason"],
+            signed(event.get("delta")), signed(event.get("z"), 2), candidate.arm, event["reason"],
         )  # fmt: skip
         if candidate.id in self.view.open:
             return
-        self.candidates.note(candidate.proposed["commit"], self._note(candidate.id))
+        self.candidates.note(candidate.proposed["commit"], history(self.view, candidate.id))
         if what == "promoted":
             return
-        for proposer in self.proposers.values():
+        for proposer in self.asking.proposers.values():
             proposer.tell(self.view, candidate)
-        # Decided: nothing will be judged again from these weights.
-        self._drop_checkpoints(event["against"] if what == "keep" and not candidate.placebo else candidate.id)
+        self.sweep([t for c in (candidate.id, event["against"]) for t in self.view.trials_at[c, 0]])
 
-    def _note(self, candidate: str) -> str:
-        record = self.view.candidates[candidate]
-        lines = [
-            f"{v['verdict']} stage={v['stage']} n={v['n']} delta={_signed(v.get('delta'))} "
-            f"se={_signed(v.get('se'))} {v['reason']}"
-            for v in record.verdicts
-        ]
-        lines += [
-            f"promoted depth={e['depth']} n={e['n']} delta={_signed(e['delta'])} {e['reason']}"
-            for e in self.view.promoted
-            if e["candidate"] == candidate
-        ]
-        return "\n".join(lines)
+    def _drop_checkpoint(self, trial: str) -> None:
+        (self.paths.trial(trial) / "checkpoint.pt").unlink(missing_ok=True)
 
-    def _drop_checkpoints(self, candidate: str) -> None:
-        for trial in self.view.trials_at[candidate, 0]:
-            (self.paths.trial(trial) / "checkpoint.pt").unlink(missing_ok=True)
+    def sweep(self, trials: Iterable[str]) -> None:
+        """Drops the weights that nothing will be judged from again."""
+        for trial in trials:
+            if trial not in self._flying and is_done_with(self.view, trial):
+                self._drop_checkpoint(trial)
 
     # ---- what to run ----
 
@@ -201,8 +207,20 @@ class Search:
         return work
 
     def _promoting(self) -> bool:
-        exhausted = self._refusals >= MAX_REFUSALS_IN_A_ROW
-        return (exhausted and bool(promotions_due(self.view))) or self.purse.must_promote(self.slots)
+        if self.asking.nothing_left():
+            return bool(expected_rungs(self.view))
+        return self.purse.must_promote(self.slots)
+
+    def _may_explore(self) -> bool:
+        """Control first; and what promotion needs of the night is not spent on new candidates."""
+        control = len(self.view.scores(self.view.baseline, 0, "val"))
+        return control >= self.space.rungs[0].seeds and not self._promoting()
+
+    def _propose(self) -> Work | None:
+        """The first trial of a new candidate, if an arm has one."""
+        if self.asking.new_candidate(self._write) is None:
+            return None
+        return next((w for w in self._pending() if w.trial not in self._flying), None)
 
     def _launch(self, work: Work) -> TrialSpec:
         rung, candidate = self.space.rungs[work.rung], self.view.candidates[work.candidate]
@@ -226,6 +244,7 @@ class Search:
             context=metric.context,
             eval_bytes=metric.eval_bytes,
             timeout_seconds=rung.timeout_seconds,
+            budget_seconds=self.purse.seconds_left() + GRACE_SECONDS,
             memory_mib=rung.memory_mib,
             cpus=rung.cpus,
             gpus=rung.gpus,
@@ -247,37 +266,6 @@ class Search:
         self._flying[work.trial] = (work, spec, time.monotonic())
         return spec
 
-    # ---- proposals ----
-
-    def _propose(self) -> Work | None:
-        """Asks the arms in turn until one has something new; its first trial, or None."""
-        while self._refusals < MAX_REFUSALS_IN_A_ROW and self._stop is None:
-            for arm in arms_by_need(self.view, self.shares):
-                proposal = self.proposers[arm].ask(self.view, self.view.asked[arm])
-                if proposal is not None:
-                    break
-            else:
-                return None
-            if self._admit(proposal):
-                self._refusals = self._refusals if proposal.placebo else 0
-                return next((w for w in self._pending() if w.trial not in self._flying), None)
-            self._refusals += 1
-        return None
-
-    def _admit(self, proposal: Proposal) -> bool:
-        """Makes a candidate of the proposal, or records with its kind why not."""
-        try:
-            event = self.admission.candidate(self.view, proposal)
-        except Refusal as refusal:
-            rejected = {"event": "rejected", "arm": proposal.arm, "kind": refusal.kind}
-            rejected |= {"detail": str(refusal), "overrides": proposal.overrides, "call": proposal.call}
-            self._write(rejected)
-            self.proposers[proposal.arm].refuse(rejected)
-            log.info("proposal refused arm=%s kind=%s %s", proposal.arm, refusal.kind, refusal)
-            return False
-        self._write(event)
-        return True
-
     def _log_result(self, spec: TrialSpec, outcome: dict) -> None:
         trial = self.view.trials[spec.trial]
         scores = " ".join(f"{j['split']}_bpb={j['bpb']:.4f}" for j in outcome["judged"])
@@ -291,7 +279,3 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, (EndedEarly, KeyboardInterrupt)):
         return "signal"
     return "ray-lost" if isinstance(error, ClusterLost) else "error"
-
-
-def _signed(value: float | None, digits: int = 4) -> str:
-    return "-" if value is None else f"{value:+.{digits}f}"

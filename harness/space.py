@@ -55,7 +55,7 @@ class Rung(Strict):
     depth: int = Field(ge=1)
     tokens: int = Field(gt=0)
     seeds: int = Field(8, ge=2)  # first rung: the control's first runs; above: paired runs per candidate
-    promote: int = Field(1, ge=0)  # at most so many candidates climb to the next rung
+    promote: int = Field(1, ge=0)  # so many of the latest keeps climb to the next rung
     review: bool = False  # a person accepts a candidate before it enters this rung
     timeout_seconds: float = Field(3600, gt=0)
     memory_mib: int = Field(4096, ge=256)

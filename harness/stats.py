@@ -13,12 +13,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from harness.records import Candidate, Status, TrialState, seed_of, trial_id
 from harness.space import Decision
-from harness.view import Candidate, Status, StudyView, TrialState, seed_of, trial_id
+from harness.view import StudyView
 
 Runs = Mapping[int, float]  # seed -> bits per byte (lower is better)
 RHO_PRIOR_RUNS = 6  # weight of "seeds do not correlate" in the pooled correlation, in runs
 MAX_RHO = 0.95
+OUTLIER = 4.0  # standard deviations
+MAD_TO_SD = 1.4826  # median absolute deviation of a Gaussian -> standard deviation
 
 
 @dataclass(frozen=True)
@@ -51,18 +54,21 @@ class Difference:
 def pooled_noise(groups: Iterable[Runs], pairs: Iterable[tuple[Runs, Runs]] = ()) -> Noise:
     """Variance over `groups` (runs of one setting each); seed correlation over (control, candidate) pairs.
 
+    Residuals, scaled to one run's standard deviation, are winsorised at four robust ones.
+
     The correlation is the smaller of the two regressions between candidate and control residuals over shared
     seeds (where one side is noisier, the other one would promise too small an error), shrunk towards 0 by a
     few runs' weight and clipped to [0, 0.95].
     """
-    squares, df = 0.0, 0
-    for runs in groups:
-        if len(runs) >= 2:
-            values = np.array(list(runs.values()))
-            squares += float(((values - values.mean()) ** 2).sum())
-            df += len(values) - 1
-    assert df > 0, "no setting has two seeds"
-    variance = max(squares / df, 1e-18)  # identical runs: a floor that keeps z finite
+    values = [np.array(list(runs.values())) for runs in groups if len(runs) >= 2]
+    assert values, "no setting has two seeds"
+    df = sum(len(v) - 1 for v in values)
+    residuals = np.concatenate([(v - v.mean()) * math.sqrt(len(v) / (len(v) - 1)) for v in values])
+    weights = np.concatenate([np.full(len(v), (len(v) - 1) / len(v)) for v in values])
+    limit = OUTLIER * MAD_TO_SD * float(np.median(np.abs(residuals)))
+    if limit > 0:  # one unstable setting must not blind the night to all others
+        residuals = np.clip(residuals, -limit, limit)
+    variance = max(float((weights * residuals**2).sum()) / df, 1e-18)  # a floor keeps z finite
     sxy = sxx = syy = 0.0
     for control, candidate in pairs:
         seeds = sorted(control.keys() & candidate.keys())
@@ -104,18 +110,21 @@ def look(z: float, index: int, df: int, rule: Decision) -> str:
 # ---- the same over a study's view ----
 
 
-def noise_at(view: StudyView, rung: int) -> Noise:
+def noise_at(view: StudyView, rung: int, split: str = "val") -> Noise:
     """Noise floor of a rung from every setting that has two or more complete runs there."""
-    groups = {c: view.scores(c, rung, "val") for c in view.candidates if view.trials_at.get((c, rung))}
+    if (known := view.memo.get(("noise", rung, split))) is not None:
+        return known
+    groups = {c: view.scores(c, rung, split) for c in view.candidates if view.trials_at.get((c, rung))}
     for incumbent in view.incumbents:
-        groups[incumbent] = view.control(incumbent, rung, "val")
+        groups[incumbent] = view.control(incumbent, rung, split)
     placebo_free = {c: runs for c, runs in groups.items() if not view.candidates[c].placebo}
     pairs = [
         (groups.get(view.candidates[c].against, {}), runs)
         for c, runs in placebo_free.items()
         if view.candidates[c].against
     ]
-    return pooled_noise(placebo_free.values(), pairs)
+    noise = view.memo["noise", rung, split] = pooled_noise(placebo_free.values(), pairs)
+    return noise
 
 
 def control_size(view: StudyView) -> int:
@@ -124,25 +133,26 @@ def control_size(view: StudyView) -> int:
     return view.space.rungs[0].seeds + view.decisions_since_keep // rule.refresh
 
 
-def look_seeds(candidate: Candidate, count: int, start: int = 0) -> list[int]:
-    """The first `count` seeds of the rung's list, or of the placebo's own block of it."""
-    block = candidate.proposed.get("seed_block", 0)
-    return [seed_of(0, block + i) for i in range(start, start + count)]
+def look_seeds(view: StudyView, candidate: Candidate, count: int, start: int = 0) -> list[int]:
+    """Seeds from the head of the rung's list on which the incumbent runs, or of the placebo's own block."""
+    if candidate.placebo:
+        return [seed_of(0, candidate.proposed["seed_block"] + i) for i in range(start, start + count)]
+    return control_seeds(view, start + count)[start:]
 
 
 def needed_seeds(view: StudyView, candidate: Candidate) -> tuple[list[int], str]:
     """The seeds whose scores the candidate's next decision reads, and the split it reads them on."""
     rule = view.space.decision
     if candidate.status == Status.AUDIT:
-        return look_seeds(candidate, rule.audit_seeds, start=candidate.last["n"]), "audit"
+        return look_seeds(view, candidate, rule.audit_seeds, start=candidate.last["n"]), "audit"
     taken = candidate.last["n"] if candidate.last else 0
-    return look_seeds(candidate, next(n for n in rule.looks if n > taken)), "val"
+    return look_seeds(view, candidate, next(n for n in rule.looks if n > taken)), "val"
 
 
 def decide(view: StudyView, candidate: Candidate) -> dict | None:
     """The next verdict of an open candidate as a `verdict` event, or None while runs are missing."""
     rule, incumbent = view.space.decision, view.incumbent
-    failure = view.failed(candidate.id, 0)
+    failure = next(iter(view.failures(candidate.id, 0)), None)
     seeds, split = needed_seeds(view, candidate)
     stage = "audit" if candidate.status == Status.AUDIT else "look"
     event = {"event": "verdict", "candidate": candidate.id, "stage": stage, "rung": 0, "against": incumbent}
@@ -152,11 +162,16 @@ def decide(view: StudyView, candidate: Candidate) -> dict | None:
         return event | {"verdict": "discard", "n": 0, "trials": [failure.id], "control": [], "reason": reason}
     runs = {s: v for s, v in view.scores(candidate.id, 0, split).items() if s in set(seeds)}
     control = view.control(incumbent, 0, split)
+    if candidate.placebo:  # its runs are the incumbent's too, but it is not measured against itself
+        own = {view.trials[t].seed for t in view.trials_at[candidate.id, 0]}
+        control = {s: v for s, v in control.items() if s not in own}
     first = control_seeds(view, view.space.rungs[0].seeds)
     wanted = audit_control_seeds(view, candidate, seeds) if stage == "audit" else first
     if len(runs) < len(seeds) or not control.keys() >= set(wanted):
         return None
     noise = noise_at(view, 0)
+    if stage == "audit":  # another split may be the noisier one: the claim takes the wider error
+        noise = max(noise, noise_at(view, 0, "audit"), key=lambda n: n.variance)
     d = difference(control, runs, noise)
     event |= {"n": d.n, "m": d.m, "delta": d.delta, "se": d.se, "z": d.z}
     event |= {"sigma": noise.sigma, "df": noise.df, "rho": noise.rho}

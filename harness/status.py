@@ -6,8 +6,9 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from harness.records import PLACEBO_ARM, Status, TrialState
 from harness.study import StudyPaths, load_study
-from harness.view import PLACEBO_ARM, Status, StudyView, TrialState
+from harness.view import StudyView
 
 
 @dataclass(frozen=True)

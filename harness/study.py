@@ -98,6 +98,21 @@ def check_resumable(view: StudyView, space: Space, place: str) -> None:
             )
 
 
+def check_comparable(view: StudyView, opened: dict, trainer_sha256: str) -> None:
+    """What scores hang on is as it was when the study was opened. Raises UserError."""
+    pairs = {key: (view.opened[key], opened[key]) for key in ("judge_id",)}
+    pairs["the trainer's sha256"] = (view.opened["trainer_sha256"], trainer_sha256)
+    for package in ("torch", "numpy"):
+        pairs[package] = (view.opened["versions"][package], opened["versions"][package])
+    pairs["the GPU"] = (view.opened["machine"]["gpu"], opened["machine"]["gpu"])
+    for what, (old, new) in pairs.items():
+        if old != new:
+            raise UserError(
+                f"{what} is {str(new)[:16]} now, the study was opened with {str(old)[:16]}: scores would not be "
+                "comparable; put it back or search with --study NEW"
+            )
+
+
 def freeze(paths: StudyPaths, space_file: Path) -> None:
     """Keeps the question as it was asked."""
     write_atomic(paths.folder / "study.toml", space_file.read_text(encoding="utf-8"))

@@ -19,8 +19,8 @@ from typing import Any
 
 from harness.judge.client import JudgeLost, JudgeProcess
 from harness.ledger import number, write_atomic
+from harness.records import FailureKind
 from harness.space import Settings
-from harness.view import FailureKind
 from harness.zygote import Child, Zygote, spawn_fresh
 
 EXIT_KINDS = {
@@ -52,6 +52,7 @@ class TrialSpec:
     context: int
     eval_bytes: int
     timeout_seconds: float
+    budget_seconds: float  # what is left of the night: an end by it says nothing about the candidate
     memory_mib: int
     cpus: float
     gpus: float
@@ -98,7 +99,9 @@ class TrialRunner:
         seconds = time.monotonic() - started
         record |= {"seconds": seconds, "peak_mem_mib": peak_mib, "process_seconds": train_seconds}
         record |= {"log": f"trials/{spec.trial}/log.txt", "gpus": spec.gpus, "cpus": spec.cpus}
-        return {"judged": judged, "finished": record if spec.train else None, "failure": record["failure"]}
+        finished = record if spec.train else None
+        outcome = {"judged": judged, "finished": finished}
+        return outcome | {"failure": record["failure"], "detail": record["detail"]}
 
     def describe(self, trainer: Path, config: Settings, scratch: Path, *, patched: bool = False) -> dict:
         """The trainer's own counts for a configuration. Raises Failure (config) when it refuses."""
@@ -147,6 +150,8 @@ class TrialRunner:
                     peak_mib = max(peak_mib, group_memory_mib(child.pid))
                     if peak_mib > spec.memory_mib:
                         raise Failure(FailureKind.OOM, f"used more than {spec.memory_mib} MiB")
+                    if time.monotonic() > started + spec.budget_seconds:
+                        raise Failure(FailureKind.LOST, "the night's hours ended while it ran")
                     if time.monotonic() > deadline:
                         raise Failure(FailureKind.TIMEOUT, f"ran longer than {spec.timeout_seconds:g} s")
             finally:
@@ -154,7 +159,7 @@ class TrialRunner:
         seconds = time.monotonic() - started
         if code != 0:
             kind = EXIT_KINDS.get(code, FailureKind.CRASH)
-            last = _last_line((out / "log.txt").read_bytes()[-4096:])
+            last = _last_line(_tail(out / "log.txt"))
             raise Failure(kind, last or f"ended with exit code {code}")
         if not (out / "checkpoint.pt").exists():
             raise Failure(FailureKind.CRASH, "ended without a checkpoint.pt")
@@ -267,6 +272,12 @@ def _plain(value: Any) -> bool:
     if isinstance(value, list):
         return len(value) <= 4096 and all(map(_plain, value))
     return number(value) is not None
+
+
+def _tail(path: Path) -> bytes:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 4096))
+        return file.read()
 
 
 def _last_line(raw: bytes) -> str:

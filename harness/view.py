@@ -4,91 +4,12 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
 from datetime import datetime
-from enum import StrEnum
+from typing import Any
 
 from harness.ledger import Event
-from harness.space import Rung, Settings, Space
-
-BASELINE_ARM = "baseline"
-PLACEBO_ARM = "placebo"
-MAX_LOSSES = 3  # a trial whose worker died under it this often is not tried again
-
-
-class TrialState(StrEnum):
-    WAITING = "WAITING"
-    RUNNING = "RUNNING"
-    COMPLETE = "COMPLETE"
-    FAIL = "FAIL"
-
-
-class FailureKind(StrEnum):
-    CONFIG = "config"
-    CRASH = "crash"
-    OOM = "oom"
-    TIMEOUT = "timeout"
-    DIVERGED = "diverged"
-    COLLAPSED = "collapsed"
-    CHEAT = "cheat"
-    LOST = "lost"
-
-
-class Status(StrEnum):
-    """Where a candidate stands at the first rung."""
-
-    OPEN = "open"  # between two looks
-    AUDIT = "audit"  # provisionally kept, being audited
-    KEPT = "kept"
-    DISCARDED = "discarded"
-    NO_EFFECT = "no-effect"
-
-
-@dataclass
-class Trial:
-    """One training run: candidate x rung x seed."""
-
-    id: str
-    candidate: str
-    rung: int
-    seed: int
-    purpose: str  # control | look | audit | promotion
-    state: TrialState = TrialState.RUNNING
-    failure: FailureKind | None = None
-    detail: str = ""
-    started: datetime | None = None  # the last attempt
-    seconds: float = 0.0  # wall time of all its attempts
-    losses: int = 0  # how often its worker died under it
-    scores: dict[str, float] = field(default_factory=dict)  # split -> bits per byte
-    finished: Event = field(default_factory=dict)  # the `finished` record: seconds, tokens, health, ...
-
-    @property
-    def over(self) -> bool:
-        """Nothing more will come of it: complete, failed, or lost too often."""
-        if self.state == TrialState.FAIL and self.failure == FailureKind.LOST:
-            return self.losses >= MAX_LOSSES
-        return self.state in (TrialState.COMPLETE, TrialState.FAIL)
-
-
-@dataclass
-class Candidate:
-    """A valid, deduplicated proposal: resolved settings and trainer source."""
-
-    id: str
-    arm: str
-    order: int
-    settings: Settings
-    parent: str | None
-    against: str | None  # the incumbent when it was proposed
-    placebo: bool = False
-    proposed: Event = field(default_factory=dict)  # the `proposed` record: hypothesis, counts, commit, ...
-    status: Status = Status.OPEN
-    verdicts: list[Event] = field(default_factory=list)
-    trials: list[str] = field(default_factory=list)
-
-    @property
-    def last(self) -> Event | None:
-        return self.verdicts[-1] if self.verdicts else None
+from harness.records import BASELINE_ARM, Candidate, FailureKind, Status, Trial, TrialState
+from harness.space import Rung, Space
 
 
 class StudyView:
@@ -106,6 +27,7 @@ class StudyView:
         self.spends: list[Event] = []
         self.sessions: list[Event] = []  # `opened` and `stopped`, in order
         self.decisions_since_keep = 0
+        self.memo: dict[tuple, Any] = {}  # what others computed from the view; empty after every event
         self.seconds_at: dict[int, list[float]] = defaultdict(list)  # rung -> seconds of complete trials
         self.gpu_seconds = 0.0
         self.num_started = 0  # trainings begun, repeated ones included
@@ -118,6 +40,7 @@ class StudyView:
             self.apply(event)
 
     def apply(self, event: Event) -> None:
+        self.memo.clear()
         t = datetime.fromisoformat(event["t"])
         if event["event"] == "opened":
             self._spans.append([t, t])
@@ -259,13 +182,10 @@ class StudyView:
         done = {self.trials[t].seed: t for c in owners for t in self.trials_at[c, rung]}
         return [done[s] for s in sorted(seeds)]
 
-    def failed(self, candidate: str, rung: int) -> Trial | None:
-        """The first trial of the candidate at the rung that ended for good without a score."""
-        for trial_id in self.trials_at[candidate, rung]:
-            trial = self.trials[trial_id]
-            if trial.over and trial.state == TrialState.FAIL:
-                return trial
-        return None
+    def failures(self, candidate: str, rung: int) -> list[Trial]:
+        """The candidate's trials at the rung that ended for good without a score."""
+        trials = (self.trials[t] for t in self.trials_at[candidate, rung])
+        return [t for t in trials if t.over and t.state == TrialState.FAIL]
 
     def spent_usd(self) -> float:
         """Settled cost of all calls plus what is reserved for calls still out."""
@@ -279,10 +199,20 @@ class StudyView:
         return sum((last - first).total_seconds() for first, last in self._spans)
 
 
-def trial_id(candidate: str, rung: int, seed: int) -> str:
-    return f"{candidate}-r{rung}-s{seed}"
+def history(view: StudyView, candidate: str) -> str:
+    """A candidate's verdicts and promotions, a line each."""
+    lines = [
+        f"{v['verdict']} stage={v['stage']} n={v['n']} delta={signed(v.get('delta'))} "
+        f"se={signed(v.get('se'))} {v['reason']}"
+        for v in view.candidates[candidate].verdicts
+    ]
+    lines += [
+        f"promoted depth={e['depth']} n={e['n']} delta={signed(e['delta'])} {e['reason']}"
+        for e in view.promoted
+        if e["candidate"] == candidate
+    ]
+    return "\n".join(lines)
 
 
-def seed_of(rung: int, index: int) -> int:
-    """The rung's ordered seed list, without end: candidates take seeds from its head and so pair up."""
-    return 10_000 * (rung + 1) + index
+def signed(value: float | None, digits: int = 4) -> str:
+    return "-" if value is None else f"{value:+.{digits}f}"

@@ -6,7 +6,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from harness.ledger import Event
-from harness.view import BASELINE_ARM, StudyView, trial_id
+from harness.records import BASELINE_ARM, trial_id
+from harness.view import StudyView
 
 SPACE = {
     "name": "view",

@@ -23,9 +23,20 @@ LONGER: dict[str, int] = {}
 # Layers from the ground up: a module may import from its own layer and those below it, never from above.
 LAYERS = {
     "ground": {"errors", "__init__", "expression", "param", "judge"},
-    "facts": {"space", "ledger", "view", "stats", "promote", "schedule", "purse", "plumbing", "worktree"},
+    "facts": {
+        "space",
+        "ledger",
+        "records",
+        "view",
+        "stats",
+        "promote",
+        "schedule",
+        "purse",
+        "plumbing",
+        "worktree",
+    },
     "work": {"zygote", "trial", "dispatch", "cluster", "study", "guard"},
-    "ideas": {"propose", "admission", "brief", "messages", "agent"},
+    "ideas": {"propose", "admission", "asking", "brief", "messages", "agent"},
     "night": {"search", "night"},
     "verbs": {"plan", "status", "doctor", "review", "report"},
     "entry": {"cli", "__main__"},

@@ -23,9 +23,9 @@ from harness import doctor
 from harness.errors import UserError
 from harness.ledger import Event
 from harness.plan import CALIBRATION_TOKENS, RUNS_PER_DECISION, Plan, make_plan, random_settings
+from harness.records import PLACEBO_ARM
 from harness.space import parse_space
 from harness.status import status_of
-from harness.view import PLACEBO_ARM
 
 PAIRS = 257
 Planner = Callable[..., Plan]

@@ -28,8 +28,9 @@ from harness.propose import (
     parse_shares,
     replay,
 )
+from harness.records import PLACEBO_ARM
 from harness.space import Budget, Settings, Space
-from harness.view import PLACEBO_ARM, StudyView
+from harness.view import StudyView
 
 SPACE = {
     "name": "propose",
@@ -231,7 +232,7 @@ def test_no_value_that_optuna_holds_is_of_a_failed_or_refused_point() -> None:
     view = story.view()
     scores = {sum(s.values()) / len(s) for c in view.candidates if (s := view.scores(c, 0, "val"))}
     states = Counter(t.state for t in told(made))
-    failed = sum(view.failed(c, 0) is not None for c in view.candidates)
+    failed = sum(bool(view.failures(c, 0)) for c in view.candidates)
     assert {t.value for t in told(made) if t.value is not None} == scores
     assert states == {TrialState.COMPLETE: len(scores), TrialState.PRUNED: failed + len(view.rejected)}
     for trial in told(made):

@@ -24,12 +24,13 @@ from scipy import stats as textbook
 from harness.errors import UserError
 from harness.ledger import Event, Ledger
 from harness.promote import conclude
+from harness.records import BASELINE_ARM, PLACEBO_ARM
 from harness.report import against, audit, build, write_report
 from harness.report.document import Number, walk
 from harness.schedule import pending
 from harness.space import Space
 from harness.stats import decide
-from harness.view import BASELINE_ARM, PLACEBO_ARM, StudyView
+from harness.view import StudyView
 
 BASE = {"matrix_lr": 0.02, "router": "linear", "top_k": 2}
 SPACE = {

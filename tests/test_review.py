@@ -12,8 +12,9 @@ import pytest
 
 from harness.errors import UserError
 from harness.ledger import Event, Ledger
+from harness.records import seed_of, trial_id
 from harness.review import accept, reject, resolve
-from harness.view import StudyView, seed_of, trial_id
+from harness.view import StudyView
 from harness.worktree import Candidates, head_commit
 
 BASE, FIRST, SECOND, OPEN, LOST, PLACEBO = (

@@ -32,6 +32,13 @@ def test_pooled_variance_is_the_mean_of_group_variances_weighted_by_df() -> None
     assert noise.rho == 0.0
 
 
+def test_one_unstable_setting_does_not_blind_the_night() -> None:
+    rng = np.random.default_rng(5)
+    groups = [runs(list(rng.normal(3, 0.004, n))) for n in [8] + [2] * 30]
+    calm = pooled_noise(groups).sigma
+    assert pooled_noise([*groups, runs([2.99, 5.2])]).sigma < 1.5 * calm
+
+
 def test_seed_correlation_is_found_and_shrunk() -> None:
     rng = np.random.default_rng(1)
     shared = rng.normal(0, 1, 200)

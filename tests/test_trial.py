@@ -49,6 +49,7 @@ def spec(tmp_path: Path) -> TrialSpec:
         context=64,
         eval_bytes=8192,
         timeout_seconds=20,
+        budget_seconds=1000,
         memory_mib=600,
         cpus=1,
         gpus=0,

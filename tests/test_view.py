@@ -10,18 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from story import BASE, Story
 
-from harness.schedule import pending
-from harness.view import (
+from harness.records import (
     BASELINE_ARM,
     MAX_LOSSES,
     PLACEBO_ARM,
     FailureKind,
     Status,
-    StudyView,
     TrialState,
     seed_of,
     trial_id,
 )
+from harness.schedule import pending
+from harness.view import StudyView
 
 OTHER, PLACEBO, ALIEN = "other", "placebo-of-base", "placebo-of-other"
 
@@ -50,7 +50,7 @@ def test_a_trial_goes_from_running_to_complete(story: Story) -> None:
 def test_a_failure_is_a_state_for_good_and_never_a_score(story: Story, kind: FailureKind) -> None:
     story.started(BASE, 1).tell("judged", trial=trial_id(BASE, 0, 1), split="val", bpb=9.0)
     view = story.finished(BASE, 1, kind.value).view()
-    assert view.failed(BASE, 0).failure == kind
+    assert view.failures(BASE, 0)[0].failure == kind
     assert view.scores(BASE, 0, "val") == view.control(BASE, 0, "val") == {}
     assert view.seconds_at[0] == []
 
@@ -63,7 +63,7 @@ def test_a_driver_that_dies_leaves_trials_to_repeat_without_limit(story: Story) 
         trial = view.trials[trial_id(BASE, 0, seed)]
         assert (trial.state, trial.failure) == (TrialState.FAIL, FailureKind.LOST)
         assert not trial.over and trial.losses == 0
-        assert view.failed(BASE, 0) is None
+        assert not view.failures(BASE, 0)
         assert trial.id in [w.trial for w in pending(view, False)]
     view = story.started(BASE, seed).finished(BASE, seed).view()
     assert view.trials[trial_id(BASE, 0, seed)].state == TrialState.COMPLETE
@@ -79,13 +79,13 @@ def test_a_resume_leaves_finished_trials_alone(story: Story) -> None:
 
 def test_three_workers_lost_end_a_trial(story: Story) -> None:
     for n in range(MAX_LOSSES):
-        assert story.view().failed(BASE, 0) is None
+        assert not story.view().failures(BASE, 0)
         story.started(BASE, 1).finished(
             BASE, 1, "lost"
         ).opened()  # a resume in between does not reset the count
         assert story.view().trials[trial_id(BASE, 0, 1)].losses == n + 1
     assert MAX_LOSSES == 3
-    assert story.view().failed(BASE, 0).failure == FailureKind.LOST
+    assert story.view().failures(BASE, 0)[0].failure == FailureKind.LOST
 
 
 def test_what_is_lost_is_pending_again_until_the_third_time(story: Story) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from harness.ledger import Event
+from harness.records import BASELINE_ARM, PLACEBO_ARM, Status, Trial, TrialState
 from harness.report.document import (
     LONGEST_CELL,
     Bullets,
@@ -18,7 +19,7 @@ from harness.report.document import (
     plain,
 )
 from harness.report.quantities import score
-from harness.view import BASELINE_ARM, PLACEBO_ARM, Status, StudyView, Trial, TrialState
+from harness.view import StudyView
 
 
 def arms(view: StudyView) -> Section:

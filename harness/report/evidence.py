@@ -70,7 +70,10 @@ def _pooled(view: StudyView, scores: Scores, rung: int) -> tuple[float, int, flo
     df = sum(len(x) - 1 for x in runs.values())
     if df <= 0:
         return None
-    variance = max(sum(((x - x.mean()) ** 2).sum() for x in runs.values()) / df, 1e-18)
+    spread = {k: (x - x.mean()) / math.sqrt(1 - 1 / len(x)) for k, x in runs.items() if len(x) > 1}
+    cap = 4 * 1.4826 * float(np.median(np.abs(np.concatenate(list(spread.values()))))) or math.inf
+    capped = {k: np.clip(x, -cap, cap) for k, x in spread.items()}
+    variance = max(sum((x**2).sum() * (1 - 1 / len(x)) for x in capped.values()) / df, 1e-18)
     sums = np.zeros((2, 2))
     for owner in runs:
         mine, theirs = (
@@ -212,7 +215,7 @@ def _decided(view: StudyView) -> Facts:
                         found[f"pair/{a.id}/{b.id}/{e['split']}"] = float(gain)
     for i, e in enumerate(view.promoted):
         found |= _paired(
-            f"promoted/{i}", _listed(view, e["control"], "val"), _listed(view, e["trials"], "val")
+            f"promoted/{i}", _listed(view, e["control"], e["split"]), _listed(view, e["trials"], e["split"])
         )
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from harness.records import Candidate, Status
 from harness.report.document import (
     LONGEST_CELL,
     Bullets,
@@ -21,7 +22,7 @@ from harness.report.document import (
 )
 from harness.report.quantities import changes, cited, claim, interval, mean, verdict_name, whole_gain
 from harness.space import canonical
-from harness.view import Candidate, Status, StudyView
+from harness.view import StudyView
 
 PROMISING_Z = 1.0  # a candidate that was dropped above this z is more likely a missed win than a loss
 
@@ -139,7 +140,12 @@ def _promotions(view: StudyView, c: Candidate) -> list[Line]:
         )
         runs = Number(e["n"], "d", f"promoted/{i}/n", trials)
         state = "" if e["complete"] else " (incomplete)"
-        against = (" paired runs against ", Code(e["against"]), f"{state}: ", Chip(e["reason"]))
+        against = (
+            f" paired runs, {e['split']} split, against ",
+            Code(e["against"]),
+            f"{state}: ",
+            Chip(e["reason"]),
+        )
         lines.append((*head, *interval(delta, low, high), " bpb, ", runs, *against))
     return lines or [("Promotion to a larger depth: not run",)]
 

@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterable
 
 from harness.ledger import Event
+from harness.records import Candidate, Status, Trial, TrialState
 from harness.report.document import Chip, Code, Dot, Figure, Line, Number, Progress, Prose, Section, Table
 from harness.report.quantities import changes, known_noise, mean, score, t_half_width, verdict_name
 from harness.stats import Noise, difference
-from harness.view import Candidate, Status, StudyView, Trial, TrialState
+from harness.view import StudyView
 
 LEADERS = 15
 FEWEST_AUDITS = 10  # below, the false-discovery estimate from failed audits says nothing

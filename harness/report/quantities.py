@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from functools import cache
 
 from harness.ledger import Event
+from harness.records import Candidate, Trial, TrialState
 from harness.report.document import MISSING, Code, Line, Number, compact, join
 from harness.space import Setting
 from harness.stats import Noise, noise_at, paired_interval
-from harness.view import Candidate, StudyView, Trial, TrialState
+from harness.view import StudyView
 
 
 @cache
