@@ -37,6 +37,8 @@ TINY |= {"num_experts": 4, "batch_tokens": 128, "log_every": 1, "device": "cpu"}
 @pytest.fixture(autouse=True)
 def one_thread():
     torch.set_num_threads(1)
+    yield
+    torch.set_flush_denormal(False)  # a training turns it on for the whole process, which other tests share
 
 
 @pytest.fixture(scope="session")
