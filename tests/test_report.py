@@ -89,7 +89,8 @@ class Night:
         self.fails[candidate] = fails
         event = {"event": "proposed", "candidate": candidate, "arm": arm, "settings": settings, "changed": {}}
         event |= {"parent": against, "against": against, "hypothesis": hypothesis, "family": "routing"}
-        event |= {"facts": {"params_total": 1_234_567, "params_active": 345_678}, "placebo": placebo}
+        sizes = [{"params_total": n * 1_234_567, "params_active": n * 345_678} for n in (1, 2, 3)]
+        event |= {"facts": sizes[0], "facts_by_rung": sizes, "placebo": placebo}
         self.append(event | {"trainer_sha256": "7" * 64, "commit": "c" * 40, "seed_block": 5000 * placebo})
         return candidate
 

@@ -240,8 +240,8 @@ def _counted(view: StudyView) -> Facts:
         mine = [t for t in trials if t.candidate == c.id]
         found[f"price/{c.id}/trainings"] = len(mine)
         found[f"price/{c.id}/seconds"] = math.fsum(t.seconds for t in mine)
-        for name in ("params_total", "params_active"):
-            found[f"facts/{c.id}/{name}"] = c.proposed.get("facts", {}).get(name)
+        for rung, facts in enumerate(c.proposed["facts_by_rung"]):
+            found |= {f"facts/{c.id}/{rung}/{name}": count for name, count in facts.items()}
     for t in trials:
         for split in ("val", "audit"):
             found[f"trial/{t.id}/{split}"] = (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from harness.ledger import Event
 from harness.records import Candidate, Status, Trial, TrialState
 from harness.report.document import Chip, Code, Dot, Figure, Line, Number, Progress, Prose, Section, Table
 from harness.report.quantities import changes, known_noise, mean, score, t_half_width, verdict_name
@@ -192,7 +191,7 @@ def leaderboards(view: StudyView) -> Section:
 
 def _row(view: StudyView, rung: int, rank: int, c: Candidate, score: Number) -> tuple[Line, ...]:
     noise, runs = known_noise(view, rung), view.control(c.id, rung, "val")
-    control, facts = view.control(view.baseline, rung, "val"), c.proposed.get("facts", {})
+    control = view.control(view.baseline, rung, "val")
     se = noise.sigma / math.sqrt(len(runs)) if noise else None
     trials = [view.trials[t] for t in score.trials]
     seconds = [t.finished["train_seconds"] for t in trials if t.finished.get("train_seconds") is not None]
@@ -214,12 +213,13 @@ def _row(view: StudyView, rung: int, rank: int, c: Candidate, score: Number) -> 
         (Number(len(runs), "d", f"n/{key}", score.trials),),
         gain,
         (Chip(verdict),),
-        tuple(_pair(facts, c.id)),
+        tuple(_pair(c, rung)),
         (Number(sum(seconds) / len(seconds) if seconds else None, ",.1f", f"train/{key}", score.trials),),
     )
 
 
-def _pair(facts: Event, candidate: str) -> Iterable[str | Number]:
-    yield Number(facts.get("params_total"), ",d", f"facts/{candidate}/params_total")
+def _pair(c: Candidate, rung: int) -> Iterable[str | Number]:
+    facts = c.proposed["facts_by_rung"][rung]
+    yield Number(facts["params_total"], ",d", f"facts/{c.id}/{rung}/params_total")
     yield " / "
-    yield Number(facts.get("params_active"), ",d", f"facts/{candidate}/params_active")
+    yield Number(facts["params_active"], ",d", f"facts/{c.id}/{rung}/params_active")
