@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from harness.records import TrialState, seed_of, trial_id
+import itertools
+
+from harness.records import Trial, TrialState, seed_of, trial_id
 from harness.stats import paired_interval
 from harness.view import StudyView
 
@@ -56,6 +58,10 @@ def promotion_runs(view: StudyView) -> list[tuple[str, int, list[int]]]:
     return runs
 
 
+def _is_settled(trial: Trial | None) -> bool:
+    return trial is not None and trial.over and (trial.state == TrialState.FAIL or SPLIT in trial.scores)
+
+
 def conclude(view: StudyView) -> list[dict]:
     """`promoted` events for every promotion whose runs are all over."""
     events = []
@@ -64,7 +70,7 @@ def conclude(view: StudyView) -> list[dict]:
             continue
         ids = [[trial_id(c, rung, s) for s in seeds] for c in (candidate, view.baseline)]
         trials = [[view.trials.get(i) for i in row] for row in ids]
-        if not all(t is not None and t.over for row in trials for t in row):
+        if not all(map(_is_settled, itertools.chain(*trials))):
             continue
         done = [
             s for s, a, b in zip(seeds, *trials, strict=True) if a.state == b.state == TrialState.COMPLETE

@@ -6,6 +6,7 @@ Proposers only suggest. The study validates, deduplicates and runs; the ledger r
 from __future__ import annotations
 
 import zlib
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -35,15 +36,15 @@ class Proposal:
     call: str | None = None  # the agent call it came from
 
 
-class Proposer:
+class Proposer(ABC):
     """One arm. Never blocks: `ask` returns None when nothing is ready."""
 
     arm: str
     exhausted: object = None  # why it will not propose again, once it is so
 
+    @abstractmethod
     def ask(self, view: StudyView, index: int) -> Proposal | None:
         """The arm's proposal number `index` (counts its accepted and refused ones, also before a resume)."""
-        raise NotImplementedError
 
     def tell(self, view: StudyView, candidate: Candidate) -> None:
         """A candidate of any arm has its final verdict."""

@@ -30,6 +30,7 @@ EXIT_KINDS = {
     5: FailureKind.OOM,
 }
 POLL_SECONDS = 0.1
+FULL_DISK_BYTES = 1 << 20
 DETAIL_CHARS = 300
 
 
@@ -157,6 +158,8 @@ class TrialRunner:
             finally:
                 child.kill()  # whatever the run left behind in its group ends with it
         seconds = time.monotonic() - started
+        if code != 0 and shutil.disk_usage(out).free < FULL_DISK_BYTES:
+            raise RuntimeError(f"the disk of {out} is full")  # says nothing about the candidate
         if code != 0:
             kind = EXIT_KINDS.get(code, FailureKind.CRASH)
             last = _last_line(_tail(out / "log.txt"))
