@@ -133,18 +133,20 @@ def control_size(view: StudyView) -> int:
     return view.space.rungs[0].seeds + view.decisions_since_keep // rule.refresh
 
 
-def look_seeds(view: StudyView, candidate: Candidate, count: int, start: int = 0) -> list[int]:
+def look_seeds(view: StudyView, candidate: Candidate, count: int) -> list[int]:
     """Seeds from the head of the rung's list on which the incumbent runs, or of the placebo's own block."""
     if candidate.placebo:
-        return [seed_of(0, candidate.proposed["seed_block"] + i) for i in range(start, start + count)]
-    return control_seeds(view, start + count)[start:]
+        return [seed_of(0, candidate.proposed["seed_block"] + i) for i in range(count)]
+    return control_seeds(view, count)
 
 
 def needed_seeds(view: StudyView, candidate: Candidate) -> tuple[list[int], str]:
     """The seeds whose scores the candidate's next decision reads, and the split it reads them on."""
     rule = view.space.decision
     if candidate.status == Status.AUDIT:
-        return look_seeds(view, candidate, rule.audit_seeds, start=candidate.last["n"]), "audit"
+        looked = {view.trials[t].seed for v in candidate.verdicts for t in v["trials"]}
+        seeds = look_seeds(view, candidate, len(looked) + rule.audit_seeds)
+        return [s for s in seeds if s not in looked][: rule.audit_seeds], "audit"
     taken = candidate.last["n"] if candidate.last else 0
     return look_seeds(view, candidate, next(n for n in rule.looks if n > taken)), "val"
 
