@@ -16,8 +16,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from messages_server import MessagesServer, Search, message, proposal
 
+from harness.cli import cli
 from harness.errors import UserError
 from harness.night import Options, run_search
 from harness.records import Status, TrialState
@@ -186,10 +188,10 @@ def test_every_rung_is_reached_and_a_later_keep_climbs_too(workshop: Path) -> No
     view = search(workshop, trials=60)
     assert {e["rung"] for e in view.promoted} == {1, 2}
     assert all(e["split"] == "audit" for e in view.promoted)
-    first = view.promoted[0]["candidate"]
-    view = search(workshop, trials=150, resume=True)
-    assert view.incumbent != first, "this seed of the search finds a later keep"
-    assert view.incumbent in {e["candidate"] for e in view.promoted}
+    before = {e["candidate"] for e in view.promoted}
+    view = search(workshop, trials=110, resume=True)
+    later = {e["candidate"] for e in view.promoted} - before
+    assert later and later <= set(view.incumbents), "a keep of the second session climbs too"
     assert not list(Path("runs/pairs/trials").glob("*-r1-*/checkpoint.pt")), "nothing reads these again"
 
 
@@ -366,16 +368,14 @@ def test_a_night_with_the_agent_over_http(workshop: Path, monkeypatch: pytest.Mo
 
 
 def test_one_digit_changed_in_the_report_fails_the_audit(workshop: Path) -> None:
-    search(workshop, trials=20)
-    done = subprocess.run(
-        [sys.executable, "-m", "harness", "report", "pairs"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert subprocess.run([sys.executable, "-m", "harness", "audit", "pairs"], check=False).returncode == 0
+    search(workshop, trials=12)
+    verify = CliRunner().invoke
+    assert verify(cli, ["report", "pairs"]).exit_code == 0
+    assert verify(cli, ["audit", "pairs"]).exit_code == 0
     path = Path("reports/pairs/report.md")
     text = path.read_text()
     digit = text.index(".", text.index("val ")) + 3
     changed = str((int(text[digit]) + 1) % 10)
     path.write_text(text[:digit] + changed + text[digit + 1 :])
-    done = subprocess.run([sys.executable, "-m", "harness", "audit", "pairs"], capture_output=True, text=True)
-    assert done.returncode == 1 and "report.md:" in done.stdout
+    done = verify(cli, ["audit", "pairs"])
+    assert done.exit_code == 1 and "report.md:" in done.output
