@@ -4,6 +4,7 @@ pytest tests/test_judge.py
 """
 
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -200,7 +201,7 @@ def test_bad_sources_are_refused_in_one_line(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.skipif("datasets" in sys.modules, reason="the package is there")
+@pytest.mark.skipif(importlib.util.find_spec("datasets") is not None, reason="the package is there")
 def test_hub_source_without_its_package_names_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="pip install datasets"):
         corpus.prepare("hf:some/thing", tmp_path)
