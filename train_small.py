@@ -2,19 +2,24 @@
 
     python train_small.py --depth 2 tokens=200000 corpus=~/.cache/moue/corpora/embedded --out /tmp/run
     python train_small.py --describe depth=4 topology=clip
+    python train_small.py --from /tmp/moe/checkpoint.pt ramp=random depth=2 ... --out /tmp/moue
+    torchrun --nproc-per-node 8 train_small.py --depth 12 corpus=... --out /tmp/run
     python train_small.py --logits /tmp/run/checkpoint.pt      (serves logits over stdin and stdout)
 
 The model has nanochat's shape (RoPE, QK norm, weightless RMS norm, ReLU^2, untied head, output projections
 born at zero). Its feed-forward layers are mixtures of experts, in which every layer owns `num_local` experts
 and sees a window of a pool of `num_universal` experts that belong to no layer. "MoUE-style": of MoUE (arXiv
 2603.04971) only the abstract could be read, so what is marked ASSUMPTION below is a reading, not the paper.
+The designs it is compared with are settings: dense (ffn=dense), MoE (topology=none; fine-grained, shared,
+balance=bias), MoRE and ReXMoE (topology=blocks), UniPool (num_local=0 topology=full router=norm balance=pool),
+MoEUT-style recursion (recursion=2 num_local=0 gate=sigmoid renormalize=false).
 
 The run writes metrics.jsonl and checkpoint.pt, never a score: the judge scores.
 Exit codes: 0 done, 2 user's mistake, 3 diverged, 4 routing collapsed, 5 out of memory, other: crash.
 
 Shapes, as name suffixes: B rows, T positions, N = B*T tokens, D model width, H heads, C head width,
-V vocabulary, L layers, S stored experts, E experts one layer sees, K experts a token uses, A = N*K
-assignments, M expert width. A stored expert's id is l*num_local + i for the i-th expert of layer l and
+V vocabulary, L layers, S stored experts, U of them in the pool, E experts one layer sees, K experts a token
+uses, A = N*K assignments, M expert width, P width of a router's inner state. A stored expert's id is l*num_local + i for the i-th expert of layer l and
 L*num_local + j for universal expert j.
 """
 
@@ -25,16 +30,19 @@ import gc
 import json
 import math
 import os
+import pickle
 import struct
 import sys
 import time
 import zlib
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -59,7 +67,9 @@ def setting(default, doc: str, low=None, high=None, choices=(), derived=False, r
 
 
 TOPOLOGIES = ("none", "ring", "clip", "blocks", "full", "random")
-RAMPS = ("none", "random", "distance")
+ROUTERS = ("linear", "mlp", "norm", "logit_residual", "ema", "gru")
+BALANCES = ("uelb", "layer", "pool", "bias", "none")
+RAMPS = ("none", "random", "distance", "bias")
 
 
 @dataclass(frozen=True)
@@ -68,15 +78,22 @@ class TrainConfig:
 
     seed: int = setting(0, "seed of initial weights, data order and random ramp", 0, 2**31 - 1, run=True)
     depth: int = setting(4, "layers; the one dial, from which the rest follows", 1, 128, run=True)
-    tokens: int = setting(-1, "training budget; -1: 2 an active parameter", 1, 10**13, derived=True, run=True)
+    tokens: int = setting(-1, "token budget; -1: 2 an active parameter", 1, 10**13, derived=True, run=True)
     device: str = setting("auto", "where to run", choices=("auto", "cpu", "cuda"), run=True)
     corpus: str = setting("", "folder of the prepared corpus", run=True)
     log_every: int = setting(10, "steps between two lines of metrics", 1, 10**6, run=True)
+    save_every: int = setting(0, "steps between saved states to go on from; 0: none", 0, 10**9, run=True)
+    micro_tokens: int = setting(-1, "tokens of one pass; -1: all", 8, 1 << 26, derived=True, run=True)
+    compile: bool = setting(False, "compile attention (pays on long CUDA runs)", run=True)
 
+    horizon: float = setting(1.0, "share of the token budget to train on", 1e-4, 1e4)
     aspect: int = setting(64, "model width per layer", 8, 256)
     model_dim: int = setting(-1, "model width; -1: depth * aspect", 16, 16384, derived=True)
     head_dim: int = setting(32, "width of an attention head", 16, 256)
-    vocab: str = setting("bytes", "what a token is", choices=("bytes",))
+    recursion: int = setting(0, "distinct blocks, layer l using block l % recursion; 0: all", 0, 128)
+    depth_embedding: bool = setting(False, "a learned vector before each layer's router and experts (MoRE)")
+    vocab: str = setting("bytes", "what a token is", choices=("bytes", "bpe"))
+    vocab_size: int = setting(-1, "ids of text; the model has one more, BOS", 256, 65535, derived=True)
     seq_len: int = setting(256, "positions in a training row", 8, 65536)
 
     ffn: str = setting("moe", "dense: one MLP of the width a token uses", choices=("dense", "moe"))
@@ -92,18 +109,49 @@ class TrainConfig:
     stride: int = setting(-1, "ring places between windows; -1: half", 0, 1 << 20, derived=True)
     layers_per_window: int = setting(1, "consecutive layers that share one window", 1, 128)
     wrap: bool = setting(True, "ring: windows go on past the ring's end; false: they are cut there")
+    keep_home: bool = setting(False, "every layer also sees its own share of the ring, where it began")
+    untied_first: int = setting(0, "first layers that share nothing, their pool places being private", 0, 127)
+    untied_last: int = setting(0, "last layers that share nothing", 0, 127)
+    stages: int = setting(1, "pipeline stages of equal depth, for --describe and stage_sharing", 1, 128)
+    stage_sharing: str = setting(
+        "all", "within: a part of the pool for each stage", choices=("all", "within")
+    )
 
-    router: str = setting("linear", "how logits are made", choices=("linear",))
-    balance: str = setting("uelb", "load balance loss", choices=("uelb", "layer", "pool", "none"))
-    balance_coeff: float = setting(0.01, "its weight: its value at uniform routing", 0.0, 10.0)
+    router: str = setting("linear", "how logits are made", choices=ROUTERS)
+    router_dim: int = setting(-1, "inner width of mlp, ema, gru", 0, 4096, derived=True)
+    router_feedback: bool = setting(True, "gru: the state also reads the keys of the experts just used")
+    gate: str = setting("softmax", "what makes gates of logits", choices=("softmax", "sigmoid"))
+    renormalize: bool = setting(True, "a token's gates sum to 1 (with top_k=1 they never do)")
+    split_top_k: int = setting(0, "routed experts taken from the pool; 0: one joint top-k", 0, 64)
+    layer_gate: bool = setting(False, "a learned factor on each layer's routed output")
+
+    balance: str = setting("uelb", "what balances the load", choices=BALANCES)
+    balance_coeff: float = setting(0.01, "weight of its loss: its value at uniform routing", 0.0, 10.0)
+    balance_ramp: float = setting(0.0, "share of training over which that weight rises from 0", 0.0, 1.0)
     exposure_power: int = setting(1, "uelb: 2 asks equal load per expert, 1 per edge", choices=(0, 1, 2))
     balance_scope: str = setting("joint", "experts balanced", choices=("joint", "pool_only"))
+    balance_batch: str = setting("global", "tokens whose load counts", choices=("global", "micro", "lagged"))
+    bias_rate: float = setting(0.001, "balance=bias: change of an expert's bias in a step", 0.0, 1.0)
     zloss_coeff: float = setting(1e-4, "weight of the squared logsumexp of router logits", 0.0, 1.0)
     collapse_limit: float = setting(-1, "max_over_exposure to stop at; 0: never", 0.0, 1e6, derived=True)
+    dead_limit: float = setting(1.0, "share of dead experts above which to stop; 1: never", 0.0, 1.0)
 
-    ramp: str = setting("none", "order in which edges to the pool open", choices=RAMPS)
+    ramp: str = setting(
+        "none", "order in which edges open; bias: all at once, by a fading bias", choices=RAMPS
+    )
     ramp_start: float = setting(0.05, "share of training at which edges begin to open", 0.0, 1.0)
     ramp_end: float = setting(0.3, "share of training at which all edges are open", 0.0, 1.0)
+    ramp_keep: float = setting(1.0, "share of its own experts a layer sees from the start", 0.0, 1.0)
+    edge_bias: float = setting(
+        10.0, "ramp=bias: what is first taken off the logit of a closed edge", 0.0, 1e3
+    )
+    router_boost: float = setting(1.0, "factor on the routers' rate until ramp_end", 0.01, 100.0)
+    convert_pick: str = setting(
+        "random",
+        "--from a MoE: its experts that found the pool",
+        choices=("random", "most_used", "least_used"),
+    )
+    convert_rows: str = setting("zero", "--from: router rows of new edges", choices=("zero", "home"))
 
     optimizer: str = setting("muon", "of attention and expert matrices", choices=("muon", "adamw"))
     matrix_lr: float = setting(-1, "learning rate of matrices", 1e-9, 100.0, derived=True)
@@ -118,29 +166,44 @@ class TrainConfig:
     batch_tokens: int = setting(-1, "tokens in a step", 8, 1 << 26, derived=True)
 
 
-VOCAB_SIZE = {"bytes": 256}  # ids of text; the model has one more, BOS
+VOCAB_SIZE = {"bytes": 256, "bpe": 8192}  # the default number of ids of text
 
-# How size, horizon and rates follow the one dial. Form: nanochat (width = depth * aspect; AdamW's rates go as
-# width^-0.5, all rates as the square root of the batch) with batch ~ tokens^0.383 (Power Lines, arXiv
-# 2505.13738). ASSUMPTION: that exponents fitted on larger dense models hold here, for routers and for matrices
-# under AdamW too; the constants, which were tuned by hand on a few minutes of training at depth 2.
+# How size, horizon, batch and rates follow the one dial, relative to a reference that was tuned by hand on a
+# few minutes of training at depth 2. Width: nanochat's depth * aspect. Rates against width: muP (Tensor
+# Programs V, arXiv 2203.03466) and its form for mixtures (arXiv 2508.09752), under which activations move by
+# O(1) a step at every width; bench/coordinates.py checks it. Adam's rate is constant for the embedding and
+# falls as 1/width for what reads the stream: head, routers and, under AdamW, matrices. Muon's update has the
+# same spectral norm at every width, so its rate stays. Rates against batch: square root (nanochat). Batch
+# against horizon: tokens^0.383 (Power Lines, arXiv 2505.13738). Weight decay: so that the averaging time
+# 1/(rate * decay) stays the same share of the run (Power Lines). Pool: one step moves a universal expert in
+# every layer that uses it, so its rate may fall as reach**-pool_lr_divisor (0.5 in arXiv 2606.16825's code).
+# ASSUMPTION: that exponents found on larger and mostly dense models hold here.
 REFERENCE_DIM, REFERENCE_BATCH_TOKENS, REFERENCE_TOKENS = 256, 4096, 2**21
 TOKENS_PER_PARAM = 2  # a smoke run; compute-optimal training is nearer to 20
 MATRIX_LR = {"muon": 0.06, "adamw": 0.008}
-
-
-def adamw_scale(config: TrainConfig) -> float:
-    return (config.model_dim / REFERENCE_DIM) ** -0.5 * batch_scale(config)
+WIDTH_POWER = {"embed": 0.0, "head": -1.0, "router": -1.0, "matrix": -1.0}  # of Adam's rates
 
 
 def batch_scale(config: TrainConfig) -> float:
     return (config.batch_tokens / REFERENCE_BATCH_TOKENS) ** 0.5
 
 
+def adam_scale(config: TrainConfig, part: str) -> float:
+    return (config.model_dim / REFERENCE_DIM) ** WIDTH_POWER[part] * batch_scale(config)
+
+
+def decay_scale(config: TrainConfig) -> float:
+    return batch_scale(config) * REFERENCE_TOKENS / (config.tokens * config.horizon)
+
+
 def derived_batch_tokens(tokens: int, seq_len: int) -> int:
     ideal = REFERENCE_BATCH_TOKENS * (tokens / REFERENCE_TOKENS) ** 0.383
     num_rows = 2 ** round(math.log2(max(1.0, ideal / seq_len)))
     return min(num_rows, max(1, tokens // seq_len)) * seq_len
+
+
+def num_steps(config: TrainConfig) -> int:
+    return int(config.tokens * config.horizon) // config.batch_tokens
 
 
 class Mistake(ValueError):
@@ -168,11 +231,14 @@ def check_fields(config: TrainConfig) -> None:
 def resolve(config: TrainConfig) -> TrainConfig:
     """The same run with every derived (-1) setting filled in; idempotent.
 
-    Settings that mean nothing without a pool get one neutral value, so that equal models have equal configs.
+    Settings that mean nothing beside the others get one neutral value, so that equal models have equal configs.
     Raises Mistake, in one line with the remedy, for a value or a combination that cannot be trained.
     """
     check_fields(config)
     c = SimpleNamespace(**{spec.name: spec.type(getattr(config, spec.name)) for spec in fields(config)})
+    if c.vocab_size == -1 or c.vocab == "bytes":
+        require(c.vocab_size in (-1, VOCAB_SIZE[c.vocab]), c, "vocab_size", "vocab=bytes has 256 ids")
+        c.vocab_size = VOCAB_SIZE[c.vocab]
     if c.model_dim == -1:
         c.model_dim = max(1, round(c.depth * c.aspect / c.head_dim)) * c.head_dim
     if c.expert_dim == -1:
@@ -184,24 +250,32 @@ def resolve(config: TrainConfig) -> TrainConfig:
     require(c.ramp_start <= c.ramp_end, c, "ramp_start", f"must not exceed ramp_end={c.ramp_end}")
     resolve_experts(c)
     resolve_windows(c)
+    resolve_routing(c)
     check_visibility(c)
     if c.collapse_limit == -1:  # routing can do no worse than width / top_k; tolerate all but that
-        c.collapse_limit = 0.99 * (c.num_local + c.window) / c.top_k
+        worst = int(_edges(c).sum(1).max()) / c.top_k
+        c.collapse_limit = 0.99 * worst if worst > 1 else 0.0
     if c.matrix_lr == -1:
         c.matrix_lr = MATRIX_LR[c.optimizer]
     if c.tokens == -1:
         c.tokens = TOKENS_PER_PARAM * _count(c)["active"]
+    budget = int(c.tokens * c.horizon)
     if c.batch_tokens == -1:
-        c.batch_tokens = derived_batch_tokens(c.tokens, c.seq_len)
+        c.batch_tokens = derived_batch_tokens(budget, c.seq_len)
     require(c.batch_tokens % c.seq_len == 0, c, "batch_tokens", f"must be a multiple of seq_len={c.seq_len}")
-    require(c.batch_tokens <= c.tokens, c, "tokens", f"less than one step; give at least {c.batch_tokens}")
+    require(c.batch_tokens <= budget, c, "tokens", f"less than one step; give at least {c.batch_tokens}")
+    if c.micro_tokens == -1:
+        c.micro_tokens = c.batch_tokens
+    fits = c.micro_tokens % c.seq_len == 0 and c.batch_tokens % c.micro_tokens == 0
+    remedy = f"must be a multiple of seq_len={c.seq_len} and divide batch_tokens={c.batch_tokens}"
+    require(fits, c, "micro_tokens", remedy)
     return TrainConfig(**vars(c))
 
 
 def resolve_experts(c: SimpleNamespace) -> None:
     """Settle num_local and num_universal; by default depth*num_local + num_universal = depth*num_experts."""
     if c.ffn == "dense":
-        c.num_local, c.num_universal, c.balance = 0, 0, "none"
+        c.num_local, c.num_universal, c.balance, c.router, c.layer_gate = 0, 0, "none", "linear", False
     if c.topology == "none":
         require(c.num_universal <= 0, c, "num_universal", "topology=none has no pool; set it to 0")
         c.num_universal = 0
@@ -215,47 +289,136 @@ def resolve_experts(c: SimpleNamespace) -> None:
     if c.num_universal == -1:
         require(c.num_local <= c.num_experts, c, "num_local", f"exceeds num_experts={c.num_experts}")
         c.num_universal = budget - c.depth * c.num_local
+    if c.recursion in (0, c.depth):
+        c.recursion = 0
+    else:
+        require(c.recursion < c.depth, c, "recursion", f"exceeds depth={c.depth}")
+        require(c.num_local == 0, c, "num_local", "recursion shares whole blocks; set it to 0, with a pool")
+
+
+def num_private(c: Any) -> int:
+    """Pool places of its own that an untied layer has, so that it sees as many experts as in the matched MoE."""
+    return max(0, c.num_experts - c.num_local)
+
+
+def ring_size(c: Any) -> int:
+    return c.num_universal - (c.untied_first + c.untied_last) * num_private(c)
 
 
 def resolve_windows(c: SimpleNamespace) -> None:
     """Settle window and stride. ASSUMPTION: num_experts and half of it, so that neighbours overlap by a half;
     more where some expert would be left unseen."""
-    size, num_groups = c.num_universal, -(-c.depth // c.layers_per_window)
-    if size == 0:
+    require(c.depth % c.stages == 0, c, "stages", f"must divide depth={c.depth}")
+    if c.num_universal == 0:
         c.topology, c.window, c.stride, c.layers_per_window, c.wrap = "none", 0, 0, 1, True
-        c.ramp, c.balance_scope, c.pool_lr_divisor = "none", "joint", 0.0
+        c.untied_first, c.untied_last, c.keep_home, c.stages, c.stage_sharing = 0, 0, False, 1, "all"
+        c.balance_scope, c.pool_lr_divisor = "joint", 0.0
         return
-    require(c.layers_per_window <= c.depth, c, "layers_per_window", f"exceeds depth={c.depth}")
+    num_untied = c.untied_first + c.untied_last
+    require(
+        num_untied < c.depth, c, "untied_first", f"with untied_last it must leave some of depth={c.depth}"
+    )
+    size, num_parts = ring_size(c), c.stages if c.stage_sharing == "within" else 1
+    require(
+        size > 0, c, "num_universal", f"untied layers take {c.num_universal - size}; raise it or untie less"
+    )
+    if num_parts > 1:
+        require(num_untied == 0, c, "untied_first", "untied layers go with stage_sharing=all only")
+        require(size % num_parts == 0, c, "num_universal", f"must be a multiple of stages={c.stages}")
+    else:
+        c.stage_sharing = "all"
+    size, num_layers = size // num_parts, (c.depth - num_untied) // num_parts
+    require(
+        c.layers_per_window <= num_layers,
+        c,
+        "layers_per_window",
+        f"exceeds the {num_layers} sharing layers of depth={c.depth}",
+    )
     require(c.wrap or c.topology == "ring", c, "wrap", "only topology=ring can do without")
+    num_groups = -(-num_layers // c.layers_per_window)
     if c.topology == "blocks":
         require(size % num_groups == 0, c, "num_universal", f"must be a multiple of {num_groups} blocks")
     block = size // num_groups
     fixed = {"full": (size, 0), "blocks": (block, block), "random": (c.window, 0)}.get(c.topology, ())
     for key, value in zip(("window", "stride"), fixed, strict=False):
-        require(
-            getattr(c, key) in (-1, value), c, key, f"topology={c.topology} makes it {value}; leave it out"
-        )
+        remedy = f"topology={c.topology} makes it {value}; leave it out"
+        require(getattr(c, key) in (-1, value), c, key, remedy)
         setattr(c, key, value)
     if c.window == -1:
         c.window = min(size, max(c.num_experts, -(-size // num_groups)))
-    require(1 <= c.window <= size, c, "window", f"must lie in [1, num_universal={size}]")
+    require(
+        1 <= c.window <= size,
+        c,
+        "window",
+        f"must lie in [1, {size}], the places of num_universal that it may see",
+    )
     if c.stride == -1:
         c.stride = max(1, c.window // 2, -(-(size - c.window) // max(1, num_groups - 1)))
 
 
+def resolve_routing(c: SimpleNamespace) -> None:
+    """Give what the chosen router, balance and ramp do not read its neutral value, and settle router_dim."""
+    if c.num_universal == 0:
+        c.router = "linear" if c.router == "logit_residual" else c.router
+        c.split_top_k = 0
+    reads_dim = c.router in ("mlp", "ema", "gru")
+    require(c.router_dim <= 0 or reads_dim, c, "router_dim", f"router={c.router} has none; leave it out")
+    if reads_dim:
+        c.router_dim = 64 if c.router_dim == -1 else c.router_dim
+        require(c.router_dim > 0, c, "router_dim", f"router={c.router} needs at least 1")
+    else:
+        c.router_dim = 0
+    require(c.split_top_k <= c.top_k, c, "split_top_k", f"exceeds top_k={c.top_k}")
+    neutral = {spec.name: spec.default for spec in fields(TrainConfig)}
+    ramped = c.ramp != "none" and (c.num_universal > 0 or c.ramp_keep < 1) and c.ffn == "moe"
+    boosted = c.router_boost != 1 and c.ffn == "moe"
+    unread = {
+        "router_feedback": c.router != "gru",
+        "gate": c.router == "norm" or c.ffn == "dense",
+        "renormalize": c.router == "norm" or c.top_k == 1 or c.ffn == "dense",
+        "split_top_k": c.ffn == "dense",
+        "exposure_power": c.balance != "uelb",
+        "balance_scope": c.balance == "none",
+        "balance_coeff": c.balance in ("bias", "none"),
+        "balance_ramp": c.balance in ("bias", "none"),
+        "balance_batch": c.balance in ("bias", "none"),
+        "bias_rate": c.balance != "bias",
+        "zloss_coeff": c.ffn == "dense",
+        "ramp": not ramped,
+        "ramp_keep": not ramped,
+        "edge_bias": not ramped or c.ramp != "bias",
+        "ramp_start": not ramped,
+        "ramp_end": not ramped and not boosted,
+        "router_boost": not boosted,
+    }
+    vars(c).update({name: neutral[name] for name, unused in unread.items() if unused})
+
+
 def check_visibility(c: SimpleNamespace) -> None:
-    """Every layer must always see top_k experts, and every stored expert must be seen by some layer."""
+    """Every layer must always see the experts it has to choose, and every stored expert be seen by a layer."""
     if c.ffn == "dense":
         return
-    edges_LS = _edges(c)
-    closed_LS = open_edges(c, edges_LS, -1.0, 0)
-    fewest = int((edges_LS if closed_LS is None else closed_LS).sum(1).min())
+    edges_LS, first = _edges(c), c.depth * c.num_local
+    closed_LS = ramp_offset(c, edges_LS, -1.0, 0)
+    open_LS = edges_LS if closed_LS is None else edges_LS & (closed_LS > -math.inf)
     when = "" if closed_LS is None else "while the ramp is closed "
+    fewest = int(open_LS.sum(1).min())
     require(fewest >= c.top_k, c, "top_k", f"{when}a layer sees but {fewest}; raise num_local or window")
+    if c.split_top_k:
+        sharing_L = edges_LS[:, first:].any(1)
+        pool, own = (int(x.sum(1).min()) for x in (open_LS[sharing_L, first:], open_LS[:, :first]))
+        require(pool >= c.split_top_k, c, "split_top_k", f"{when}a layer sees but {pool} of the pool")
+        remedy = f"{when}leaves {c.top_k - c.split_top_k} to the {own} local experts of a layer"
+        require(own >= c.top_k - c.split_top_k, c, "split_top_k", remedy)
     num_unseen = int((~edges_LS.any(0)).sum())
-    require(
-        num_unseen == 0, c, "window", f"{num_unseen} experts are seen by no layer; raise window or stride"
-    )
+    remedy = f"{num_unseen} experts are seen by no layer; raise window or stride"
+    require(num_unseen == 0, c, "window", remedy)
+    if c.recursion:
+        repeats = bool((edges_LS[c.recursion :] == edges_LS[: -c.recursion]).all())
+        remedy = (
+            "a block must see the same experts each time; use topology=full, or ring with a fitting stride"
+        )
+        require(repeats, c, "recursion", remedy)
 
 
 # --- Topology, exposure, balance -------------------------------------------------------------------------
@@ -267,7 +430,8 @@ def connectivity(config: TrainConfig) -> Tensor:
     ASSUMPTION for the ring (MoUE calls it a staggered rotational topology): layer l sees `window` experts from
     ring place stride * (l // layers_per_window) on. `clip` holds the last windows back at the ring's end,
     `blocks` gives adjacent layers a block of their own (MoRE, ReXMoE), `full` is one shared pool (UniPool),
-    `random` deals windows with reaches that differ by at most one.
+    `random` deals windows with reaches that differ by at most one. Untied layers have private places at the
+    pool's two ends; with stage_sharing=within every pipeline stage has its own, equal, part of the pool.
     """
     return _edges(resolve(config))
 
@@ -275,41 +439,82 @@ def connectivity(config: TrainConfig) -> Tensor:
 def _edges(c: Any) -> Tensor:
     own = np.kron(np.eye(c.depth, dtype=bool), np.ones(c.num_local, dtype=bool))
     pool = np.zeros((c.depth, c.num_universal), dtype=bool)
-    rng = np.random.default_rng(0)  # the graph belongs to the candidate, so it does not move with the seed
-    for layer in range(c.depth if c.num_universal else 0):
-        start = c.stride * (layer // c.layers_per_window)
-        if c.topology == "random":
-            deck = rng.permutation(c.num_universal)
-            places = deck[np.argsort(pool[:, deck].sum(0), kind="stable")][: c.window]
-        elif c.topology == "clip":
-            places = min(start, c.num_universal - c.window) + np.arange(c.window)
-        else:
-            places = start % c.num_universal + np.arange(c.window)
-            places = places % c.num_universal if c.wrap else places[places < c.num_universal]
-        pool[layer, places] = True
+    if c.num_universal:
+        home_U = home_layer(c)
+        untied = set(range(c.untied_first)) | set(range(c.depth - c.untied_last, c.depth))
+        for layer in untied:
+            pool[layer] = home_U == layer
+        num_parts = c.stages if c.stage_sharing == "within" else 1
+        layers, places = (
+            np.array(sorted(set(range(c.depth)) - untied)),
+            np.flatnonzero(~np.isin(home_U, [*untied])),
+        )
+        for rows, columns in zip(np.split(layers, num_parts), np.split(places, num_parts), strict=True):
+            pool[np.ix_(rows, columns)] = windows(c, len(rows), len(columns))
+        if c.keep_home:
+            pool[home_U, np.arange(c.num_universal)] = True
     return torch.from_numpy(np.concatenate([own.reshape(c.depth, -1), pool], axis=1))
 
 
-def open_edges(c: Any, edges_LS: Tensor, progress: float, step: int) -> Tensor | None:
-    """The edges open at `progress` (share of training done), or None once all are.
+def windows(c: Any, num_layers: int, size: int) -> np.ndarray:
+    """(num_layers, size) bool: the topology over layers that share `size` places."""
+    seen = np.zeros((num_layers, size), dtype=bool)
+    rng = np.random.default_rng(0)  # the graph belongs to the candidate, so it does not move with the seed
+    for layer in range(num_layers):
+        start = c.stride * (layer // c.layers_per_window)
+        if c.topology == "random":
+            deck = rng.permutation(size)
+            places = deck[np.argsort(seen[:, deck].sum(0), kind="stable")][: c.window]
+        elif c.topology == "clip":
+            places = min(start, size - c.window) + np.arange(c.window)
+        else:
+            places = start % size + np.arange(c.window)
+            places = places % size if c.wrap else places[places < size]
+        seen[layer, places] = True
+    return seen
 
-    After ReXMoE's progressive routing: edges to the pool, but for a layer's home share of the ring, open
-    linearly between ramp_start and ramp_end; `random` draws them anew for every (seed, step, layer), `distance`
-    opens those to the experts of near layers first.
+
+def home_layer(c: Any) -> np.ndarray:
+    """(U,) the layer to which each pool place belongs in order of depth: equal shares of the ring for the layers
+    that share it, private places for untied ones."""
+    sharing = np.arange(c.untied_first, c.depth - c.untied_last)
+    size = ring_size(c)
+    ring = sharing[np.arange(size) * len(sharing) // max(1, size)]
+    ends = (range(c.untied_first), range(c.depth - c.untied_last, c.depth))
+    head, tail = (np.repeat(np.array(layers, dtype=int), num_private(c)) for layers in ends)
+    return np.concatenate([head, ring, tail]).astype(int)
+
+
+def ramp_offset(
+    c: Any, edges_LS: Tensor, progress: float, step: int, kept_LS: Tensor | None = None
+) -> Tensor | None:
+    """(L, S) float32 to add to router logits at `progress` (share of training done), or None once it is all 0.
+
+    After ReXMoE's progressive routing: all edges but those `kept_LS` (by default a layer's own experts and its
+    home share of the ring; after a conversion, the edges the source had) are closed, -inf, and open linearly
+    between ramp_start and ramp_end. `random` draws them anew for every (seed, step, layer), `distance` opens the
+    experts of near layers first; `bias` closes none but fades all, from -edge_bias to 0. With ramp_keep < 1 a
+    layer's own experts take part too, so that a ramp can be tried without any sharing.
     """
     if c.ramp == "none" or progress >= c.ramp_end:
         return None
     share = min(1.0, max(0.0, (progress - c.ramp_start) / max(c.ramp_end - c.ramp_start, 1e-9)))
-    home_S = np.arange(c.num_universal) * c.depth // c.num_universal
-    opened = edges_LS.clone()
-    for layer, row in enumerate(opened[:, c.depth * c.num_local :].numpy()):
-        foreign = np.flatnonzero(row & (home_S != layer))
+    home_S = np.concatenate([np.repeat(np.arange(c.depth), c.num_local), home_layer(c)]).astype(int)
+    kept = np.array(home_S == np.arange(c.depth)[:, None]) if kept_LS is None else kept_LS.numpy().copy()
+    own_place = np.arange(c.depth * c.num_local) % max(1, c.num_local)
+    kept[:, : c.depth * c.num_local] &= own_place < math.ceil(c.ramp_keep * c.num_local)
+    offset_LS = torch.zeros(edges_LS.shape)
+    for layer, row in enumerate(offset_LS.numpy()):
+        foreign = np.flatnonzero(edges_LS[layer].numpy() & ~kept[layer])
         if c.ramp == "random":
             foreign = np.random.default_rng([c.seed, step, layer]).permutation(foreign)
         else:
             foreign = foreign[np.argsort(np.abs(home_S[foreign] - layer), kind="stable")]
-        row[foreign[int(share * len(foreign)) :]] = False
-    return opened
+        if c.ramp == "bias":
+            row[foreign] = -c.edge_bias * (1 - share)
+        else:
+            row[foreign[int(share * len(foreign)) :]] = -math.inf
+    return offset_LS
 
 
 def exposure(connectivity_LS: Tensor) -> Tensor:
@@ -366,13 +571,37 @@ def count_params(config: TrainConfig) -> dict[str, int]:
 
 
 def _count(c: Any) -> dict[str, int]:
-    vocab, expert, edges_LS = VOCAB_SIZE[c.vocab] + 1, 2 * c.model_dim * c.expert_dim, _edges(c)
-    stored = edges_LS.shape[1] * expert
-    always = 4 * c.depth * c.model_dim**2 + c.model_dim * (
-        int(edges_LS.sum()) + vocab
-    )  # attention, router, head
-    active = always + c.depth * (c.num_shared + c.top_k) * expert
-    total = always + c.depth * num_always(c) * expert + stored + vocab * c.model_dim
+    num_ids, expert, edges_LS = c.vocab_size + 1, 2 * c.model_dim * c.expert_dim, _edges(c)
+    num_layers, num_blocks, num_stored = c.depth, c.recursion or c.depth, edges_LS.shape[1]
+    has_moe, wide, inner = c.ffn == "moe", c.model_dim, c.router_dim
+    rows = inner if c.router == "mlp" else wide
+    projection = wide * inner if c.router in ("mlp", "gru") else 0  # a block's own
+    cell = inner**2 * (6 + c.router_feedback) if c.router == "gru" else 0  # shared by all layers
+    read = inner**2 if c.router in ("ema", "gru") else 0
+    used_keys = inner * int(edges_LS.sum()) if read else 0
+    block = 4 * wide**2 + has_moe * projection + num_always(c) * expert
+    active = (
+        num_layers * (4 * wide**2 + has_moe * (projection + cell + read))
+        + rows * int(edges_LS.sum())
+        + used_keys
+        + num_layers * (c.num_shared + c.top_k) * expert
+        + wide * num_ids
+    )
+    scalars = has_moe * num_blocks * (c.router in ("norm", "logit_residual", "ema", "gru"))
+    scalars += {"gru": 6 * inner, "ema": 1}.get(c.router, 0) + num_layers * (
+        c.depth_embedding * wide + c.layer_gate
+    )
+    stored = num_stored * expert
+    total = (
+        num_blocks * block
+        + rows * int(edges_LS[:num_blocks].sum())
+        + cell
+        + read
+        + (num_stored * inner if read else 0)
+        + scalars
+        + stored
+        + 2 * num_ids * wide
+    )
     return {"total": total, "active": active, "unique_experts": stored}
 
 
@@ -388,10 +617,32 @@ def flops_per_token(config: TrainConfig) -> int:
     return 6 * _count(c)["active"] + 12 * c.depth * c.model_dim * c.seq_len
 
 
+def reuse_uniform(c: Any, edges_LS: Tensor) -> list[float]:
+    """For each layer the share of its assignments that would go to an expert the token has used before, were
+    every layer to choose uniformly and on its own."""
+    rate_LS = edges_LS.double() / edges_LS.sum(1, keepdim=True).clamp_min(1)
+    unused_LS = torch.cat([torch.ones_like(rate_LS[:1]), (1 - c.top_k * rate_LS)[:-1]]).cumprod(0)
+    return (rate_LS * (1 - unused_LS)).sum(1).tolist()
+
+
+def cross_stage_share(c: Any, edges_LS: Tensor) -> float:
+    """Share of routed assignments, under uniform routing, whose expert lives in another pipeline stage. An
+    expert lives in the first of the stages in which most layers see it."""
+    rate_LS = edges_LS.double() / edges_LS.sum(1, keepdim=True).clamp_min(1)
+    stage_L = torch.arange(c.depth) * c.stages // c.depth
+    seen_by_stage = torch.stack([edges_LS[stage_L == s].sum(0) for s in range(c.stages)])
+    away_LS = seen_by_stage.argmax(0)[None] != stage_L[:, None]
+    return (rate_LS * away_LS).sum().item() / c.depth
+
+
 def describe(config: TrainConfig) -> dict[str, Any]:
-    """What a run would be: counts, topology and the resolved config, without corpus or training."""
+    """What a run would be: counts, topology and the resolved config, without corpus or training.
+
+    `reuse_uniform` and `cross_stage_share` assume uniform routing; the bytes are those of bf16 activations sent
+    to another stage and back, forward and backward."""
     c = resolve(config)
     edges, count = _edges(c), _count(c)
+    crossing = cross_stage_share(c, edges)
     return {
         "params_total": count["total"],
         "params_active": count["active"],
@@ -400,6 +651,9 @@ def describe(config: TrainConfig) -> dict[str, Any]:
         "virtual_width": edges.sum(1).tolist(),
         "reach": edges.sum(0).tolist(),
         "exposure": exposure(edges).tolist(),
+        "reuse_uniform": reuse_uniform(c, edges),
+        "cross_stage_share": crossing,
+        "cross_stage_bytes_per_token": round(crossing * c.depth * c.top_k * c.model_dim * 2 * 4),
         "connectivity": edges.int().tolist(),
         "config": asdict(c),
     }
@@ -413,7 +667,7 @@ class Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        wide = x.float()
+        wide = x.float() if x.dtype == torch.bfloat16 else x
         scale = ((wide * wide).mean(-1, keepdim=True) + 1e-6).rsqrt_().to(x.dtype)
         y = x * scale
         ctx.save_for_backward(y, scale)
@@ -547,47 +801,169 @@ class MLP(nn.Module):
 
 
 class Routing(NamedTuple):
-    """What one layer's routing did: `load_E` share of assignments, `prob_E` mean probability, both summing to 1;
-    `zloss` mean squared logsumexp and `entropy` mean entropy a token (nats), scalars."""
+    """What one layer's routing did: `load_E` share of assignments and `prob_E` mean probability, both summing to
+    1, `zloss` mean squared logsumexp; and, for the metrics, the choices, probabilities and logits themselves."""
 
     load_E: Tensor
     prob_E: Tensor
     zloss: Tensor
-    entropy: Tensor
+    choice_NK: Tensor
+    prob_NE: Tensor
+    logits_NE: Tensor
+
+    @property
+    def entropy(self) -> Tensor:
+        """Mean over tokens of the entropy of their probabilities, in nats."""
+        return torch.special.entr(self.prob_NE.detach()).sum(-1).mean()
+
+
+class Memory(NamedTuple):
+    """What routing carries along depth, never along the sequence and never detached: the trajectory state and
+    the summary of the experts just used (N, P), or the last logits of every universal expert (N, U)."""
+
+    state_NP: Tensor | None = None
+    used_NP: Tensor | None = None
+    logits_NU: Tensor | None = None
+
+
+class Trajectory(nn.Module):
+    """The part of a trajectory router that all layers share (MoUE's Universal Router; ASSUMPTION: its form).
+
+    gru, after RMoE (arXiv 2408.06793), extended by a key for every stored expert and by feedback of what was
+    chosen: s_l = GRU(A_l y_l + R r_{l-1}, s_{l-1}), z_l = w_l y_l + gamma_l * keys O s_l, r_l = the gated sum
+    of the keys of the experts used. ema is its lower bound: s_l = decay * s_{l-1} + (1 - decay) * r_l, read by
+    the layer after. gamma starts at 0, where both are the linear router.
+    """
+
+    def __init__(self, config: TrainConfig, num_stored: int):
+        super().__init__()
+        width = config.router_dim
+        self.keys = nn.Parameter(torch.empty(num_stored, width))
+        self.read = nn.Parameter(torch.empty(width, width))
+        has_cell = config.router == "gru"
+        self.cell = nn.GRUCell(width, width) if has_cell else None
+        self.feedback = (
+            nn.Parameter(torch.empty(width, width)) if has_cell and config.router_feedback else None
+        )
+        self.decay = None if has_cell else nn.Parameter(torch.empty(()))
+
+    def start(self, num_tokens: int) -> Memory:
+        zeros_NP = self.keys.new_zeros(num_tokens, self.keys.shape[1])
+        return Memory(zeros_NP, zeros_NP)
+
+    def advance(self, memory: Memory, drive_NP: Tensor) -> Memory:
+        if self.feedback is not None:
+            drive_NP = drive_NP + memory.used_NP @ self.feedback
+        return memory._replace(state_NP=self.cell(drive_NP, memory.state_NP))
+
+    def hint(self, memory: Memory, visible_E: Tensor) -> Tensor:
+        return (memory.state_NP @ self.read) @ self.keys.index_select(0, visible_E).T
+
+    def note(self, memory: Memory, gate_NK: Tensor, choice_NK: Tensor, visible_E: Tensor) -> Memory:
+        keys_EP = self.keys.index_select(0, visible_E)
+        used_NP = F.embedding_bag(choice_NK, keys_EP, mode="sum", per_sample_weights=gate_NK)
+        state_NP = memory.state_NP
+        if self.cell is None:
+            state_NP = used_NP.lerp(state_NP, self.decay.sigmoid())
+        return Memory(state_NP, used_NP)
+
+
+@cache
+def unit_norm_scale(num_visible: int, top_k: int) -> float:
+    """c0 of UniPool's NormRouter: makes the top_k of relu(z / |z|) a vector of mean length 1 for normal z."""
+    z = np.random.default_rng(0).standard_normal((4096, num_visible))
+    top = np.sort(np.maximum(z / np.linalg.norm(z, axis=1, keepdims=True), 0), axis=1)[:, -top_k:]
+    return float(1 / np.linalg.norm(top, axis=1).mean())
 
 
 class MoE(nn.Module):
-    """One layer's router and dispatch over the experts it sees: one joint top-k, gates renormalised over it.
+    """One layer's router and dispatch over the experts it sees.
 
-    ASSUMPTION: local and universal experts compete in one softmax. With top_k = 1 the gate is the probability
-    itself (Switch), for a renormalised one would be constant and teach the router nothing.
+    ASSUMPTION: local and universal experts compete in one softmax and one top-k, gates renormalised over it;
+    split_top_k, renormalize and gate are the rival readings. With top_k = 1 the gate is the probability itself
+    (Switch), for a renormalised one would be constant and teach the router nothing. Routers are in fp32.
     """
 
     def __init__(self, config: TrainConfig, visible: list[int]):
         super().__init__()
-        self.visible, self.top_k = visible, config.top_k
-        self.router = nn.Parameter(torch.empty(config.model_dim, len(visible)))
+        self.config = c = config
+        first = c.depth * c.num_local
+        self.visible = visible
+        self.num_own = sum(expert < first for expert in visible)
+        self.register_buffer("visible_E", torch.tensor(visible), persistent=False)
+        self.register_buffer("places", torch.tensor(visible[self.num_own :]) - first, persistent=False)
+        self.router = nn.Parameter(
+            torch.empty(c.router_dim if c.router == "mlp" else c.model_dim, len(visible))
+        )
+        self.router_in = nn.Parameter(torch.empty(c.model_dim, c.router_dim)) if c.router == "mlp" else None
+        self.state_in = nn.Parameter(torch.empty(c.model_dim, c.router_dim)) if c.router == "gru" else None
+        for name, routers in {"sigma": ["norm"], "rho": ["logit_residual"], "gamma": ["ema", "gru"]}.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(())) if c.router in routers else None)
 
-    def route(self, x_ND: Tensor, open_E: Tensor | None) -> tuple[Tensor, Plan, Routing]:
-        """Gates (N, K) and plan. Closed edges are -inf before the softmax. Routers stay in fp32."""
-        logits_NE = x_ND.float() @ self.router
-        if open_E is not None:
-            logits_NE = logits_NE.masked_fill(~open_E, -math.inf)
+    def score(self, y_ND: Tensor, memory: Memory, trajectory: Trajectory | None) -> tuple[Tensor, Memory]:
+        """Logits (N, E) of the experts seen, before any edge is closed, and the memory after looking."""
+        y_ND = y_ND.to(self.router.dtype)
+        inner = y_ND if self.router_in is None else SquaredReLU.apply(y_ND @ self.router_in)
+        logits_NE = inner @ self.router
+        if trajectory is not None:
+            if self.state_in is not None:
+                memory = trajectory.advance(memory, y_ND @ self.state_in)
+            logits_NE = logits_NE + self.gamma * trajectory.hint(memory, self.visible_E)
+        if self.rho is not None:
+            own_NE, pool_NE = logits_NE.tensor_split((self.num_own,), dim=1)
+            pool_NE = pool_NE + self.rho * memory.logits_NU.index_select(1, self.places)
+            logits_NE = torch.cat((own_NE, pool_NE), dim=1)
+            memory = Memory(logits_NU=memory.logits_NU.index_copy(1, self.places, pool_NE))
+        return logits_NE, memory
+
+    def choose(self, logits_NE: Tensor) -> Tensor:
+        """(N, K) columns of the experts chosen."""
+        num_pool = self.config.split_top_k
+        if not num_pool or self.num_own == len(self.visible):
+            return logits_NE.topk(self.config.top_k, dim=-1).indices
+        own_NE, pool_NE = logits_NE.tensor_split((self.num_own,), dim=1)
+        own_NK = own_NE.topk(self.config.top_k - num_pool, dim=-1).indices
+        return torch.cat((own_NK, pool_NE.topk(num_pool, dim=-1).indices + self.num_own), dim=1)
+
+    def weigh(self, logits_NE: Tensor, total_N1: Tensor, choice_NK: Tensor) -> tuple[Tensor, Tensor]:
+        """Gates (N, K) of the chosen and probabilities (N, E) for the balance."""
+        c = self.config
+        if self.sigma is not None:
+            finite_NE = logits_NE.masked_fill(logits_NE == -math.inf, 0.0)
+            positive_NE = F.normalize(finite_NE, dim=-1).relu()
+            score_NE = self.sigma * unit_norm_scale(len(self.visible), c.top_k) * positive_NE
+            return score_NE.gather(1, choice_NK), positive_NE / (positive_NE.sum(-1, keepdim=True) + 1e-9)
+        if c.gate == "sigmoid":
+            score_NE = logits_NE.sigmoid()
+            gate_NK, prob_NE = score_NE.gather(1, choice_NK), score_NE / score_NE.sum(-1, keepdim=True)
+            return (
+                gate_NK / gate_NK.sum(-1, keepdim=True) if c.renormalize and c.top_k > 1 else gate_NK
+            ), prob_NE
+        top_NK = logits_NE.gather(1, choice_NK)
+        gate_NK = top_NK.softmax(-1) if c.renormalize and c.top_k > 1 else (top_NK - total_N1).exp()
+        return gate_NK, (logits_NE - total_N1).exp()
+
+    def route(self, y_ND, memory, trajectory, offset_E, bias_E) -> tuple[Tensor, Plan, Routing, Memory]:
+        """Gates (N, K) and plan. Closed edges are -inf from here on; a balance bias is for the choice alone."""
+        logits_NE, memory = self.score(y_ND, memory, trajectory)
+        if offset_E is not None:
+            logits_NE = logits_NE + offset_E
+        choice_NK = self.choose(logits_NE.detach() if bias_E is None else logits_NE.detach() + bias_E)
         total_N1 = logits_NE.logsumexp(-1, keepdim=True)
-        prob_NE = (logits_NE - total_N1).exp()
-        top_NK, choice_NK = logits_NE.topk(self.top_k, dim=-1)
-        gate_NK = top_NK.softmax(-1) if self.top_k > 1 else (top_NK - total_N1).exp()
+        gate_NK, prob_NE = self.weigh(logits_NE, total_N1, choice_NK)
         plan = make_plan(choice_NK, len(self.visible))
         load_E = plan.end_E.diff(prepend=plan.end_E.new_zeros(1)) / choice_NK.numel()
-        entropy = torch.special.entr(prob_NE.detach()).sum(-1).mean()
-        return gate_NK, plan, Routing(load_E, prob_NE.mean(0), total_N1.square().mean(), entropy)
+        if trajectory is not None:
+            memory = trajectory.note(memory, gate_NK, choice_NK, self.visible_E)
+        zloss = total_N1.square().mean()
+        return gate_NK, plan, Routing(load_E, prob_NE.mean(0), zloss, choice_NK, prob_NE, logits_NE), memory
 
-    def forward(self, x_ND: Tensor, w_in_S: list[Tensor], w_out_S: list[Tensor], open_E: Tensor | None):
-        gate_NK, plan, routing = self.route(x_ND, open_E)
-        w_in_EDM, w_out_EMD = (torch.stack([w[j] for j in self.visible]) for w in (w_in_S, w_out_S))
-        hidden_AM = SquaredReLU.apply(grouped_mm(Gather.apply(x_ND, plan), w_in_EDM, offs=plan.end_E))
-        y_AD = grouped_mm(hidden_AM, w_out_EMD, offs=plan.end_E)
-        return Combine.apply(y_AD, gate_NK.to(y_AD.dtype), plan), routing
+    def dispatch(
+        self, y_ND: Tensor, gate_NK: Tensor, plan: Plan, banks: tuple[list[Tensor], list[Tensor]]
+    ) -> Tensor:
+        w_in_EDM, w_out_EMD = (torch.stack([bank[j] for j in self.visible]) for bank in banks)
+        hidden_AM = SquaredReLU.apply(grouped_mm(Gather.apply(y_ND, plan), w_in_EDM, offs=plan.end_E))
+        return Combine.apply(grouped_mm(hidden_AM, w_out_EMD, offs=plan.end_E), gate_NK.to(y_ND.dtype), plan)
 
 
 class Block(nn.Module):
@@ -598,14 +974,14 @@ class Block(nn.Module):
         hidden_dim = num_always(config) * config.expert_dim
         self.mlp = MLP(config.model_dim, hidden_dim) if hidden_dim else None
 
-    def forward(self, x_BTD: Tensor, factor: Tensor, banks, open_E) -> tuple[Tensor, Routing | None]:
-        x_BTD = x_BTD + self.attention(Norm.apply(x_BTD), factor)
-        y_ND, routing = Norm.apply(x_BTD).flatten(0, 1), None
-        out_ND = self.mlp(y_ND) if self.mlp else 0
-        if self.moe:
-            routed_ND, routing = self.moe(y_ND, *banks, open_E)
-            out_ND = out_ND + routed_ND
-        return x_BTD + out_ND.view_as(x_BTD), routing
+
+class Trace(NamedTuple):
+    """One forward pass: logits (B, T, V) float32, every mixture layer's Routing, and the root mean square of the
+    residual stream after every layer (L,), if it was asked for."""
+
+    logits_BTV: Tensor
+    routings: list[Routing]
+    residual_rms_L: Tensor | None
 
 
 class GPT(nn.Module):
@@ -615,35 +991,72 @@ class GPT(nn.Module):
     def __init__(self, config: TrainConfig):
         super().__init__()
         self.config = c = resolve(config)
-        vocab = VOCAB_SIZE[c.vocab] + 1
-        self.embed = nn.Parameter(torch.empty(vocab, c.model_dim))
         self.edges_LS = _edges(c)  # stays on the CPU, so that reading it never waits for a device
-        self.blocks = nn.ModuleList(Block(c, row.nonzero().flatten().tolist()) for row in self.edges_LS)
+        num_stored = self.edges_LS.shape[1]
+        self.embed = nn.Parameter(torch.empty(c.vocab_size + 1, c.model_dim))
+        rows = self.edges_LS[: c.recursion or c.depth]
+        self.blocks = nn.ModuleList(Block(c, row.nonzero().flatten().tolist()) for row in rows)
         sizes = {"local": c.depth * c.num_local, "pool": c.num_universal}
         self.bank_names = [name for name, size in sizes.items() if size]
         for name in self.bank_names:
             shape = (sizes[name], c.model_dim, c.expert_dim)
             self.register_parameter(f"{name}_in", nn.Parameter(torch.empty(shape)))
             self.register_parameter(f"{name}_out", nn.Parameter(torch.empty(shape).mT.contiguous()))
-        self.head = nn.Parameter(torch.empty(vocab, c.model_dim))
+        self.trajectory = Trajectory(c, num_stored) if c.router in ("ema", "gru") else None
+        self.depth_embedding = nn.Parameter(torch.empty(c.depth, c.model_dim)) if c.depth_embedding else None
+        self.layer_gate = nn.Parameter(torch.empty(c.depth)) if c.layer_gate else None
+        self.register_buffer("balance_bias", torch.zeros(num_stored) if c.balance == "bias" else None)
+        self.head = nn.Parameter(torch.empty(c.vocab_size + 1, c.model_dim))
         for name, param in self.named_parameters():
             init_param(name, param, c.seed)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Logits (B, T, V) in float32 for token ids 0..vocab_size, the last of which is BOS."""
-        return self.trace(tokens_BT)[0]
+        return self.trace(tokens_BT).logits_BTV
 
-    def trace(self, tokens_BT: Tensor, open_LS: Tensor | None = None) -> tuple[Tensor, list[Routing]]:
-        """Logits and every mixture layer's Routing. `open_LS` closes edges (None: all open)."""
+    def trace(self, tokens_BT: Tensor, offset_LS: Tensor | None = None, *, watch: bool = False) -> Trace:
+        """A forward pass with `offset_LS` added to the router logits: -inf closes an edge (None: all open)."""
         dtype = torch.bfloat16 if tokens_BT.is_cuda else self.embed.dtype
         banks = tuple(self.bank(side, dtype) for side in ("in", "out"))
         factor = rotary(tokens_BT.shape[1], self.config.head_dim, tokens_BT.device)
-        x_BTD, routings = Norm.apply(F.embedding(tokens_BT, self.embed).to(dtype)), []
-        for layer, block in enumerate(self.blocks):
-            open_E = None if open_LS is None else open_LS[layer][self.edges_LS[layer]].to(x_BTD.device)
-            x_BTD, routing = block(x_BTD, factor, banks, open_E)
-            routings += [routing] if routing else []
-        return F.linear(Norm.apply(x_BTD), self.head.to(dtype)).float(), routings
+        x_BTD = Norm.apply(F.embedding(tokens_BT, self.embed).to(dtype))
+        routings, rms, memory = [], [], self.first_memory(tokens_BT.numel())
+        for layer in range(self.config.depth):
+            block = self.blocks[layer % len(self.blocks)]
+            x_BTD = x_BTD + block.attention(Norm.apply(x_BTD), factor)
+            y_ND = Norm.apply(x_BTD).flatten(0, 1)
+            if self.depth_embedding is not None:
+                y_ND = y_ND + self.depth_embedding[layer].to(dtype)
+            out_ND = block.mlp(y_ND) if block.mlp else 0
+            if block.moe:
+                offset_E, bias_E = self.of_layer(layer, offset_LS), self.of_layer(layer, self.balance_bias)
+                gate_NK, plan, routing, memory = block.moe.route(
+                    y_ND, memory, self.trajectory, offset_E, bias_E
+                )
+                if self.layer_gate is not None:
+                    gate_NK = gate_NK * self.layer_gate[layer]
+                out_ND = out_ND + block.moe.dispatch(y_ND, gate_NK, plan, banks)
+                routings.append(routing)
+            x_BTD = x_BTD + out_ND.view_as(x_BTD)
+            if watch:
+                rms.append(x_BTD.detach().float().square().mean().sqrt())
+        logits_BTV = F.linear(Norm.apply(x_BTD), self.head.to(dtype)).float()
+        return Trace(logits_BTV, routings, torch.stack(rms) if rms else None)
+
+    def first_memory(self, num_tokens: int) -> Memory:
+        if self.trajectory is not None:
+            return self.trajectory.start(num_tokens)
+        if self.config.router == "logit_residual":
+            return Memory(logits_NU=self.embed.new_zeros(num_tokens, self.config.num_universal))
+        return Memory()
+
+    def of_layer(self, layer: int, values: Tensor | None) -> Tensor | None:
+        """What (L, S) or (S,) values hold for the experts the layer sees, on the model's device."""
+        if values is None:
+            return None
+        visible_E = self.blocks[layer % len(self.blocks)].moe.visible_E
+        row = values[layer] if values.ndim == 2 else values
+        return row.to(visible_E.device, self.embed.dtype, non_blocking=True).index_select(0, visible_E)
 
     def bank(self, side: str, dtype: torch.dtype) -> list[Tensor]:
         """One view a stored expert, in id order. Unbound once a pass: indexing the bank in every layer would
@@ -651,19 +1064,27 @@ class GPT(nn.Module):
         return [w for name in self.bank_names for w in getattr(self, f"{name}_{side}").to(dtype).unbind(0)]
 
 
+BORN = {"sigma": 1.0, "layer_gate": 1.0, "rho": 0.0, "gamma": 0.0, "decay": 0.0, "depth_embedding": 0.0}
+
+
 def init_param(name: str, param: Tensor, seed: int) -> None:
     """Each parameter draws from a stream of its own name and seed, so that models that differ in one part start
     equal in all others. Scales: nanochat."""
     stream = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+    own_name = name.rpartition(".")[2]
     with torch.no_grad():
-        if name == "embed":
+        if own_name in BORN:
+            param.fill_(BORN[own_name])
+        elif name == "embed":
             param.normal_(generator=stream)
         elif name == "head":
             param.normal_(std=0.001, generator=stream)
-        elif name.endswith("out"):
+        elif own_name.endswith("out") or own_name.startswith("bias"):
             param.zero_()
-        elif name.endswith("router"):
+        elif own_name == "router":
             param.normal_(std=param.shape[0] ** -0.5, generator=stream)
+        elif own_name in ("keys", "weight_ih", "weight_hh"):  # these multiply from the right
+            param.normal_(std=param.shape[1] ** -0.5, generator=stream)
         else:
             bound = (3 / param.shape[-2]) ** 0.5
             param.uniform_(-bound, bound, generator=stream)
@@ -677,24 +1098,48 @@ class Group(NamedTuple):
     params: list[Tensor]
     lr: float
     weight_decay: float
+    is_router: bool = False
+
+
+def part_of(name: str) -> str:
+    """The part of the model a parameter belongs to: its rates, and its scaling rule, hang on that."""
+    parts = {
+        "embed": ("embed",),
+        "head": ("head",),
+        "pool": ("pool_in", "pool_out"),
+        "blocks": ("qkv", "out"),
+    }
+    parts["blocks"] += ("w_in", "w_out", "local_in", "local_out")
+    own_name = name.rpartition(".")[2]
+    return next((part for part, names in parts.items() if own_name in names), "router")
 
 
 def parameter_groups(model: GPT) -> list[Group]:
     """Every parameter in exactly one group, with its peak learning rate after the scaling rules."""
     c = model.config
-    parts: dict[str, list[Tensor]] = {"embed": [], "head": [], "router": [], "pool": [], "": []}
+    parts: dict[str, list[Tensor]] = {
+        "embed": [],
+        "head": [],
+        "router": [],
+        "vectors": [],
+        "pool": [],
+        "blocks": [],
+    }
     for name, param in model.named_parameters():
-        parts[next(part for part in parts if part in name)].append(param)
-    scale = adamw_scale(c)
-    matrix_lr = c.matrix_lr * (scale if c.optimizer == "adamw" else batch_scale(c))
+        part = part_of(name)
+        reads_stream = param.ndim == 2 and name != "depth_embedding" and not name.startswith("trajectory")
+        parts["vectors" if part == "router" and not reads_stream else part].append(param)
+    matrix_lr = c.matrix_lr * (adam_scale(c, "matrix") if c.optimizer == "adamw" else batch_scale(c))
     mean_reach = model.edges_LS[:, c.depth * c.num_local :].sum().item() / max(1, c.num_universal)
     pool_lr = matrix_lr / max(1.0, mean_reach) ** c.pool_lr_divisor
+    decay = c.weight_decay * decay_scale(c)
     groups = [
-        Group("adamw", parts["embed"], c.embed_lr * scale, 0.0),
-        Group("adamw", parts["head"], c.head_lr * scale, 0.0),
-        Group("adamw", parts["router"], c.router_lr * scale, 0.0),
-        Group(c.optimizer, parts["pool"], pool_lr, c.weight_decay),
-        Group(c.optimizer, parts[""], matrix_lr, c.weight_decay),
+        Group("adamw", parts["embed"], c.embed_lr * adam_scale(c, "embed"), 0.0),
+        Group("adamw", parts["head"], c.head_lr * adam_scale(c, "head"), 0.0),
+        Group("adamw", parts["router"], c.router_lr * adam_scale(c, "router"), 0.0, is_router=True),
+        Group("adamw", parts["vectors"], c.router_lr * batch_scale(c), 0.0, is_router=True),
+        Group(c.optimizer, parts["pool"], pool_lr, decay),
+        Group(c.optimizer, parts["blocks"], matrix_lr, decay),
     ]
     return [group for group in groups if group.params]
 
@@ -707,13 +1152,17 @@ class AdamW:
         self.moments = [[[torch.zeros_like(p) for p in g.params] for _ in range(2)] for g in groups]
         self.num_steps = torch.zeros((), device=groups[0].params[0].device)
 
-    def step(self, rate: float) -> None:
+    def step(self, rate: float, router_boost: float = 1.0) -> None:
         self.num_steps += 1
         for group, (first, second) in zip(self.groups, self.moments, strict=True):
             grads, steps = [p.grad for p in group.params], [self.num_steps] * len(group.params)
-            rates = {"lr": group.lr * rate, "weight_decay": group.weight_decay, "eps": 1e-10}
+            lr = group.lr * rate * (router_boost if group.is_router else 1)
+            rates = {"lr": lr, "weight_decay": group.weight_decay, "eps": 1e-10}
             modes = {"beta1": 0.9, "beta2": 0.95, "amsgrad": False, "maximize": False}
             torch._fused_adamw_(group.params, grads, first, second, [], steps, **rates, **modes)
+
+    def state(self) -> list[Tensor]:
+        return [self.num_steps, *(m for pair in self.moments for moments in pair for m in moments)]
 
 
 # Degree-5 odd polynomials that drive singular values to 1 (Polar Express, arXiv 2505.16932).
@@ -748,8 +1197,11 @@ class Muon:
                 shaped.setdefault(param.shape[-2:], []).append((param, group))
         self.batches = [(members, [torch.zeros_like(p) for p, _ in members]) for members in shaped.values()]
 
+    def state(self) -> list[Tensor]:
+        return [m for _, momenta in self.batches for m in momenta]
+
     @torch.no_grad()
-    def step(self, rate: float) -> None:
+    def step(self, rate: float, router_boost: float = 1.0) -> None:  # it holds no router
         for members, momenta in self.batches:
             grads = [p.grad for p, _ in members]
             torch._foreach_lerp_(momenta, grads, 0.05)
@@ -779,6 +1231,42 @@ def schedule(config: TrainConfig, progress: float) -> float:
     return config.final_lr_frac + (1 - config.final_lr_frac) * min(1.0, left)
 
 
+# --- Several processes -----------------------------------------------------------------------------------
+
+
+class Team(NamedTuple):
+    """The processes of one run, as torchrun starts them; each takes its share of every step's rows."""
+
+    rank: int = 0
+    size: int = 1
+
+    def mean(self, values: list[Tensor]) -> None:
+        """Replace each tensor by its mean over the team. One message, so a pool's gradient crosses once a step,
+        however many layers added to it."""
+        if self.size > 1:
+            flat = torch.cat([v.flatten() for v in values])
+            torch.distributed.all_reduce(flat)
+            for value, piece in zip(
+                values, (flat / self.size).split([v.numel() for v in values]), strict=True
+            ):
+                value.copy_(piece.view_as(value))
+
+
+@contextmanager
+def join_team(device: torch.device) -> Iterator[Team]:
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield Team()
+        return
+    import torch.distributed
+
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Team(int(os.environ["RANK"]), size)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 # --- Data ------------------------------------------------------------------------------------------------
 
 
@@ -786,12 +1274,16 @@ class Rows:
     """Training rows: the documents laid end to end and cut in pieces of seq_len tokens; a piece predicts its
     own tokens from BOS and the ones before. A document that begins inside a row begins with BOS there. Only
     the last seq_len - 1 tokens of a corpus can go unused. Order: a permutation for each (seed, epoch), which
-    depends neither on the model nor on the batch."""
+    depends neither on the model nor on the batch. `first_row` rows of that order were read by an earlier run."""
 
-    def __init__(self, corpus: Any, config: TrainConfig):
-        self.corpus, self.config = corpus, config
+    def __init__(self, corpus: Any, config: TrainConfig, first_row: int = 0):
+        self.corpus, self.config, self.first_row = corpus, config, first_row
         self.num_rows = len(corpus.tokens) // config.seq_len
-        require(corpus.vocab_size == VOCAB_SIZE[config.vocab], config, "vocab", "not what the corpus holds")
+        remedy = (
+            f"the corpus has {corpus.vocab_size} ids; set vocab=bpe vocab_size={corpus.vocab_size} for one "
+        )
+        remedy += "made by `harness prepare --vocab`, vocab=bytes for one made without"
+        require(corpus.vocab_size == config.vocab_size, config, "vocab_size", remedy)
         require(self.num_rows > 0, config, "seq_len", "the corpus has fewer tokens; shorten it or add text")
         self.epoch, self.order = -1, np.empty(0, dtype=np.int64)
 
@@ -803,12 +1295,12 @@ class Rows:
                 self.order = np.random.default_rng([self.config.seed, epoch]).permutation(self.num_rows)
             yield self.order[place]
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of one step, (B, T) int64 each."""
+    def batch(self, step: int, team: Team = Team()) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of one step, (B, T) int64 each: every team.size-th of the step's rows."""
         width = self.config.seq_len
         num_rows = self.config.batch_tokens // width
-        start_B = np.fromiter(self.row_ids(step * num_rows, num_rows), np.int64, num_rows) * width
-        place_BT = start_B[:, None] + np.arange(width)
+        ids = [*self.row_ids(self.first_row + step * num_rows, num_rows)][team.rank :: team.size]
+        place_BT = np.array(ids, np.int64)[:, None] * width + np.arange(width)
         targets_BT = self.corpus.tokens[place_BT].astype(np.int64)
         inputs_BT = np.roll(targets_BT, 1, axis=1)
         begins = self.corpus.offsets[np.searchsorted(self.corpus.offsets, place_BT)] == place_BT
@@ -817,7 +1309,7 @@ class Rows:
         return torch.from_numpy(inputs_BT), torch.from_numpy(targets_BT)
 
 
-def load_rows(config: TrainConfig) -> Rows:
+def load_rows(config: TrainConfig, first_row: int = 0) -> Rows:
     from harness.judge.corpus import load_train
 
     require(config.corpus != "", config, "corpus", "none named; run `harness prepare` and give its folder")
@@ -825,7 +1317,7 @@ def load_rows(config: TrainConfig) -> Rows:
         corpus = load_train(Path(config.corpus).expanduser())
     except (ValueError, OSError) as error:
         raise Mistake(f"corpus={config.corpus}: {error}") from None
-    return Rows(corpus, config)
+    return Rows(corpus, config, first_row)
 
 
 # --- Training --------------------------------------------------------------------------------------------
@@ -835,6 +1327,8 @@ DIVERGED_MARGIN_NATS = 1.0  # above the loss of a uniform guess
 COLLAPSE_CHECKS = 5  # checks whose mean the collapse guard takes
 COLLAPSE_AFTER = 0.2  # share of training before which the guard is silent
 DEAD_BELOW = 0.1  # an expert with less than this share of its exposure counts as dead
+SATURATED_ABOVE = 4.0  # and one with more than this multiple as saturated
+USAGE_DECAY = 0.98  # a step, of the mean load kept in the checkpoint
 
 
 class Diverged(RuntimeError):
@@ -842,7 +1336,7 @@ class Diverged(RuntimeError):
 
 
 class Collapsed(RuntimeError):
-    """A few experts take all the traffic."""
+    """A few experts take all the traffic, or too many take none."""
 
 
 def spread(values: list[Tensor], edges_LS: Tensor) -> Tensor:
@@ -852,68 +1346,189 @@ def spread(values: list[Tensor], edges_LS: Tensor) -> Tensor:
 
 class Step(NamedTuple):
     nats: Tensor  # mean cross-entropy of the batch, a scalar without gradient
-    load_LS: Tensor | None
+    load_LS: Tensor | None  # of the whole batch, over all processes
     open_LS: Tensor
-    entropy: list[Tensor]
+    routings: list[Routing]  # of the last pass, and only if it was watched
+    residual_rms_L: Tensor | None
 
 
-def routing_health(config: TrainConfig, result: Step) -> dict[str, Any]:
-    """Numbers for the metrics. `*_over_exposure`: load of a stored expert over that of uniform routing."""
-    load_LS, exposure_S = result.load_LS, exposure(result.open_LS)
-    ratio_S = (load_LS.sum(0).double() / exposure_S)[exposure_S > 0]
+def load_over_exposure(load_LS: Tensor, open_LS: Tensor) -> Tensor:
+    """(S,) load of every stored expert over that of uniform routing; nan for one that no edge leads to now."""
+    exposure_S = exposure(open_LS)
+    return torch.where(exposure_S > 0, load_LS.sum(0).double() / exposure_S, math.nan)
+
+
+def routing_health(model: GPT, result: Step) -> dict[str, Any]:
+    """Numbers for the metrics, by layer or by stored expert. `*_over_exposure`: see there, -1 for unreachable.
+
+    `reuse`: share of a layer's assignments whose expert the token used before (what chance gives: describe's
+    reuse_uniform); `distinct_experts`: the experts a token used, as a share of its assignments."""
+    load_LS, open_LS, routings = result.load_LS, result.open_LS, result.routings
+    ratio_S = load_over_exposure(load_LS, open_LS)
+    seen_S = ratio_S[~ratio_S.isnan()]
+    blocks = model.blocks
+    stored = [blocks[n % len(blocks)].moe.visible_E[r.choice_NK] for n, r in enumerate(routings)]
+    used_NLK = torch.stack(stored, dim=1)
+    reuse = [0.0] * len(stored)
+    for layer in range(1, len(stored)):
+        before_NA = used_NLK[:, :layer].flatten(1)
+        repeated = (used_NLK[:, layer, :, None] == before_NA[:, None]).any(-1)
+        reuse[layer] = repeated.float().mean().item()
     return {
-        "max_load": (load_LS * result.open_LS.sum(1, keepdim=True)).amax(1).tolist(),
-        "entropy": torch.stack(result.entropy).tolist(),
-        "max_over_exposure": ratio_S.max().item(),
-        "p5_over_exposure": ratio_S.quantile(0.05).item(),
-        "dead_experts": int((ratio_S < DEAD_BELOW).sum()),
-        "pool_share": load_LS[:, config.depth * config.num_local :].sum().item() / config.depth,
+        "max_load": (load_LS * open_LS.sum(1, keepdim=True)).amax(1).tolist(),
+        "load_over_exposure": ratio_S.nan_to_num(-1.0).tolist(),
+        "max_over_exposure": seen_S.max().item(),
+        "p5_over_exposure": seen_S.quantile(0.05).item(),
+        "dead_experts": int((seen_S < DEAD_BELOW).sum()),
+        "saturated_experts": int((seen_S > SATURATED_ABOVE).sum()),
+        "pool_share": load_LS[:, model.config.depth * model.config.num_local :].sum().item() / len(stored),
+        "entropy": [r.entropy.item() for r in routings],
+        "logit_max": [r.logits_NE.detach()[r.prob_NE > 0].abs().max().item() for r in routings],
+        "reuse": reuse,
+        "distinct_experts": 1 - sum(reuse) / len(reuse),
+        "residual_rms": result.residual_rms_L.tolist(),
     }
 
 
-def train_step(model: GPT, optimizers: list, inputs_BT: Tensor, targets_BT: Tensor, step: int) -> Step:
-    """One update at `step`; the schedule and the ramp are functions of the share of tokens seen."""
-    c, device = model.config, inputs_BT.device
-    num_steps = c.tokens // c.batch_tokens
-    open_LS = open_edges(c, model.edges_LS, step / num_steps, step)
-    logits_BTV, routings = model.trace(inputs_BT, open_LS)
-    loss = nats = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
-    edges_LS = (model.edges_LS if open_LS is None else open_LS).to(device, non_blocking=True)
-    load_LS = None
-    if routings:
-        visible_LS = model.edges_LS.to(device, non_blocking=True)
-        load_LS = spread([r.load_E for r in routings], visible_LS)
-        prob_LS = spread([r.prob_E for r in routings], visible_LS)
-        loss = loss + c.zloss_coeff * torch.stack([r.zloss for r in routings]).mean()
-        if c.balance != "none":
-            loss = loss + balance_loss(c, load_LS, prob_LS, edges_LS)
-    loss.backward()
-    for optimizer in optimizers:
-        optimizer.step(schedule(c, (step + 1) / num_steps))
-    for param in model.parameters():
-        param.grad = None
-    return Step(nats.detach(), load_LS, edges_LS, [r.entropy for r in routings])
+class Trainer:
+    """The state of a training run and its one step."""
+
+    def __init__(self, model: GPT, *, kept_LS: Tensor | None = None, team: Team | None = None):
+        self.model, self.kept_LS, self.team = model, kept_LS, team or Team()
+        self.optimizers = make_optimizers(model)
+        self.num_steps = num_steps(model.config)
+        self.device = model.embed.device
+        self.visible_LS = model.edges_LS.to(self.device)
+        self.last_load_LS: Tensor | None = None  # of the last step's whole batch
+        self.usage_LS = torch.zeros(model.edges_LS.shape, device=self.device)
+
+    def step(self, inputs_BT: Tensor, targets_BT: Tensor, step: int, *, watch: bool = False) -> Step:
+        """One update by this process's rows of step `step`; schedules are functions of the share of steps done.
+
+        Gradients, loss and loads are means over micro-batches and processes."""
+        c, model = self.model.config, self.model
+        progress = step / self.num_steps
+        offset_LS = ramp_offset(c, model.edges_LS, progress, step, self.kept_LS)
+        open_LS = self.visible_LS
+        if offset_LS is not None:
+            offset_LS = offset_LS.to(self.device, non_blocking=True)
+            open_LS = open_LS & (offset_LS > -math.inf)
+        rows = c.micro_tokens // c.seq_len
+        passes = list(zip(inputs_BT.split(rows), targets_BT.split(rows), strict=True))
+        batch_load_LS = self.count_load(passes, offset_LS) if self.needs_count(len(passes)) else None
+        nats, loads = torch.zeros((), device=self.device), []
+        for micro_inputs_BT, micro_targets_BT in passes:
+            trace = model.trace(micro_inputs_BT, offset_LS, watch=watch)
+            loss = F.cross_entropy(trace.logits_BTV.flatten(0, 1), micro_targets_BT.flatten())
+            nats += loss.detach() / len(passes)
+            if trace.routings:
+                loads.append(spread([r.load_E for r in trace.routings], self.visible_LS))
+                loss = loss + self.routing_loss(trace.routings, loads[-1], batch_load_LS, open_LS, progress)
+            (loss / len(passes)).backward()
+        self.team.mean([nats, *(p.grad for p in model.parameters())])
+        boost = c.router_boost if progress < c.ramp_end else 1.0
+        for optimizer in self.optimizers:
+            optimizer.step(schedule(c, (step + 1) / self.num_steps), boost)
+        for param in model.parameters():
+            param.grad = None
+        load_LS = self.note_load(loads, open_LS)
+        return Step(nats, load_LS, open_LS, trace.routings if watch else [], trace.residual_rms_L)
+
+    def routing_loss(self, routings, load_LS, batch_load_LS, open_LS: Tensor, progress: float) -> Tensor:
+        c = self.model.config
+        loss = c.zloss_coeff * torch.stack([r.zloss for r in routings]).mean()
+        if c.balance in ("bias", "none") or (c.balance_batch == "lagged" and self.last_load_LS is None):
+            return loss
+        if c.balance_batch == "lagged":
+            load_LS = self.last_load_LS
+        elif batch_load_LS is not None:
+            load_LS = batch_load_LS
+        elif c.balance_batch == "global":
+            load_LS = load_LS.clone()
+            self.team.mean([load_LS])
+        weight = min(1.0, progress / c.balance_ramp) if c.balance_ramp else 1.0
+        prob_LS = spread([r.prob_E for r in routings], self.visible_LS)
+        return loss + weight * balance_loss(c, load_LS, prob_LS, open_LS)
+
+    def needs_count(self, num_passes: int) -> bool:
+        c = self.model.config
+        return num_passes > 1 and c.balance_batch == "global" and c.balance in ("uelb", "layer", "pool")
+
+    @torch.no_grad()
+    def count_load(self, passes: list[tuple[Tensor, Tensor]], offset_LS: Tensor | None) -> Tensor:
+        """The load of the whole step, by a pass over it without gradients, for the loss of every micro-batch
+        needs it (arXiv 2501.11873: balance over the global batch)."""
+        traces = (self.model.trace(inputs_BT, offset_LS) for inputs_BT, _ in passes)
+        loads = [spread([r.load_E for r in trace.routings], self.visible_LS) for trace in traces]
+        load_LS = torch.stack(loads).mean(0)
+        self.team.mean([load_LS])
+        return load_LS
+
+    def note_load(self, loads: list[Tensor], open_LS: Tensor) -> Tensor | None:
+        if not loads:
+            return None
+        load_LS = torch.stack(loads).mean(0)
+        self.team.mean([load_LS])
+        self.last_load_LS = load_LS
+        self.usage_LS.lerp_(load_LS, 1 - USAGE_DECAY)
+        if self.model.balance_bias is not None:
+            update_balance_bias(self.model, load_LS, open_LS)
+        return load_LS
+
+    def state(self) -> dict[str, Any]:
+        moments = [optimizer.state() for optimizer in self.optimizers]
+        own = {"usage": self.usage_LS, "last_load": self.last_load_LS, "kept": self.kept_LS}
+        return {"model": self.model.state_dict(), "moments": moments, **own}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        for optimizer, moments in zip(self.optimizers, state["moments"], strict=True):
+            for mine, saved in zip(optimizer.state(), moments, strict=True):
+                mine.copy_(saved)
+        self.usage_LS.copy_(state["usage"])
+        self.kept_LS = state["kept"]
+        self.last_load_LS = None if state["last_load"] is None else state["last_load"].to(self.device)
+
+
+@torch.no_grad()
+def update_balance_bias(model: GPT, load_LS: Tensor, open_LS: Tensor) -> None:
+    """Loss-free balancing (DeepSeek, arXiv 2408.15664) over exposures: every expert's bias moves by bias_rate
+    towards its exposure e_j; one bias a stored expert, so shared along depth. ASSUMPTION, not MoUE's."""
+    c, first = model.config, 0
+    if c.balance_scope == "pool_only":
+        first = c.depth * c.num_local
+        load_LS, open_LS = load_LS[:, first:], open_LS[:, first:]
+        load_LS = load_LS / load_LS.sum(1, keepdim=True).clamp_min(1e-9)
+    exposure_S = exposure(open_LS)
+    bias_S, reached_S = model.balance_bias[first:], exposure_S > 0
+    bias_S += c.bias_rate * torch.sign(exposure_S - load_LS.double().sum(0)).to(bias_S.dtype) * reached_S
+    bias_S -= (bias_S * reached_S).sum() / reached_S.sum() * reached_S
 
 
 class Watch:
     """Looks at a step every CHECK_EVERY_STEPS and raises when the run is lost."""
 
     def __init__(self, config: TrainConfig):
-        self.config, self.ratios = config, deque(maxlen=COLLAPSE_CHECKS)
-        self.worst_nats = math.log(VOCAB_SIZE[config.vocab] + 1) + DIVERGED_MARGIN_NATS
+        self.config, self.checks = config, deque(maxlen=COLLAPSE_CHECKS)
+        self.worst_nats = math.log(config.vocab_size + 1) + DIVERGED_MARGIN_NATS
 
     def check(self, result: Step, progress: float) -> None:
-        nats, limit = result.nats.item(), self.config.collapse_limit
-        if not math.isfinite(nats) or (progress > self.config.warmup and nats > self.worst_nats):
+        c, nats = self.config, result.nats.item()
+        if not math.isfinite(nats) or (progress > c.warmup and nats > self.worst_nats):
             raise Diverged(f"training loss {nats:.3g} nats after {progress:.0%} of training")
-        if result.load_LS is None or limit == 0:
+        if result.load_LS is None:
             return
-        self.ratios.append(routing_health(self.config, result)["max_over_exposure"])
-        mean = sum(self.ratios) / len(self.ratios)
-        if len(self.ratios) == COLLAPSE_CHECKS and progress > COLLAPSE_AFTER and mean > limit:
-            raise Collapsed(
-                f"the busiest expert has {mean:.3g} times its exposure, collapse_limit={limit:.3g}"
-            )
+        ratio_S = load_over_exposure(result.load_LS, result.open_LS)
+        ratio_S = ratio_S[~ratio_S.isnan()]
+        self.checks.append((ratio_S.max().item(), (ratio_S < DEAD_BELOW).double().mean().item()))
+        if len(self.checks) < COLLAPSE_CHECKS or progress <= COLLAPSE_AFTER:
+            return
+        busiest, dead = (sum(values) / len(values) for values in zip(*self.checks, strict=True))
+        if c.collapse_limit and busiest > c.collapse_limit:
+            limit = f"collapse_limit={c.collapse_limit:.3g}"
+            raise Collapsed(f"the busiest expert has {busiest:.3g} times its exposure, {limit}")
+        if dead > c.dead_limit:
+            raise Collapsed(f"{dead:.0%} of the experts are dead, dead_limit={c.dead_limit:.3g}")
 
 
 def tell(text: str, *, passing: bool = False) -> None:
@@ -928,90 +1543,344 @@ def pick_device(name: str) -> torch.device:
     has_cuda = torch.cuda.is_available()
     if name == "cuda" and not has_cuda:
         raise Mistake("device=cuda: no such device here; use device=cpu or device=auto")
-    return torch.device("cuda" if has_cuda and name != "cpu" else "cpu")
+    if not has_cuda or name == "cpu":
+        return torch.device("cpu")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", torch.cuda.current_device())
 
 
-def save_checkpoint(path: Path, model: GPT, step: int) -> None:
-    """Write {"config", "model", "step", "tokens"} whole or not at all."""
-    weights = {name: value.cpu() for name, value in model.state_dict().items()}
-    saved = {"config": asdict(model.config), "model": weights, "step": step}
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Write a file of tensors and plain values whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
-        torch.save(saved | {"tokens": step * model.config.batch_tokens}, file)
+        torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
-def train(config: TrainConfig, out: Path) -> None:
-    """Train and write out/metrics.jsonl and out/checkpoint.pt.
+def checkpoint(trainer: Trainer, step: int, tokens_before: int) -> dict[str, Any]:
+    """{"config", "model", "usage" (L, S) mean load, "step", "tokens" seen, those of earlier runs included}."""
+    c = trainer.model.config
+    weights = {name: value.cpu() for name, value in trainer.model.state_dict().items()}
+    seen = {"step": step, "tokens": tokens_before + step * c.batch_tokens}
+    return {"config": asdict(c), "model": weights, "usage": trainer.usage_LS.cpu(), **seen}
 
+
+def read_checkpoint(path: Path, option: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise Mistake(f"{option} {path}: no such file; give a checkpoint.pt")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        return saved | {"config": TrainConfig(**saved["config"])}
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise Mistake(f"{option} {path}: not a checkpoint of this trainer ({reason})") from None
+
+
+def train(config: TrainConfig, out: Path, source: Path | None = None) -> None:
+    """Train, from the weights of `source` if given, and write out/metrics.jsonl and out/checkpoint.pt.
+
+    With save_every, a run that was killed goes on from out/state.pt and ends as if nothing had happened.
     Raises Mistake before anything is written, then Diverged, Collapsed or a memory error.
     """
     c = resolve(config)
-    device, rows = pick_device(c.device), load_rows(c)
-    model = GPT(c).to(device)
-    optimizers, watch, num_steps = make_optimizers(model), Watch(c), c.tokens // c.batch_tokens
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Mistake(f"--out {out}: {error.strerror}; name another folder") from None
-    size = f"depth {c.depth}, width {c.model_dim}, {_count(c)['total']:,} parameters"
-    tell(f"training {size}: {num_steps} steps of {c.batch_tokens} tokens on {device.type}")
-    gc.collect()
-    gc.freeze()  # what stands now lives to the end: spare the collector from walking it
-    since_line, started = [], time.monotonic()
-    with open(out / "metrics.jsonl", "w") as metrics:
-        for step in range(num_steps):
-            inputs_BT, targets_BT = (x.to(device, non_blocking=True) for x in rows.batch(step))
-            result, done = train_step(model, optimizers, inputs_BT, targets_BT, step), step + 1
-            since_line.append(result.nats)
-            if done % CHECK_EVERY_STEPS == 0 or done == num_steps:
-                watch.check(result, done / num_steps)
-            if done % c.log_every == 0 or done == num_steps:
-                line = metrics_line(c, result, since_line, done, time.monotonic() - started)
+    device = pick_device(c.device)
+    with join_team(device) as team:
+        num_rows, rest = divmod(c.batch_tokens // c.seq_len, team.size)
+        even = rest == 0 and num_rows % min(num_rows, c.micro_tokens // c.seq_len) == 0
+        remedy = f"cannot be cut evenly for {team.size} processes with micro_tokens={c.micro_tokens}"
+        require(even, c, "batch_tokens", remedy)
+        model, kept_LS, tokens_before = GPT(c), None, 0
+        if source:
+            saved = read_checkpoint(source, "--from")
+            kept_LS, tokens_before = warm_start(model, saved), saved["tokens"]
+        rows = load_rows(c, -(-tokens_before // c.seq_len))
+        trainer = Trainer(model.to(device), kept_LS=kept_LS, team=team)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise Mistake(f"--out {out}: {error.strerror}; name another folder") from None
+        Loop(trainer, rows, out, tokens_before).run()
+
+
+class Loop:
+    """Steps, metrics, saved states and the lines a person sees."""
+
+    def __init__(self, trainer: Trainer, rows: Rows, out: Path, tokens_before: int):
+        self.trainer, self.rows, self.out, self.tokens_before = trainer, rows, out, tokens_before
+        self.config, self.leads = trainer.model.config, trainer.team.rank == 0
+        self.first_step, self.since_line, self.seconds_before = 0, [], 0.0
+        self.watch = Watch(self.config)
+        self.state_path = out / "state.pt"
+
+    def run(self) -> None:
+        c, trainer = self.config, self.trainer
+        metrics_path = self.out / "metrics.jsonl"
+        if c.save_every and self.state_path.is_file():
+            self.go_on(metrics_path)
+        elif self.leads:
+            metrics_path.write_text("")
+        if c.compile:
+            for block in trainer.model.blocks:
+                block.attention.compile(dynamic=False)
+        size = f"depth {c.depth}, width {c.model_dim}, {_count(c)['total']:,} parameters"
+        where = (
+            f"{trainer.device.type} x {trainer.team.size}" if trainer.team.size > 1 else trainer.device.type
+        )
+        self.tell(f"training {size}: {trainer.num_steps} steps of {c.batch_tokens} tokens on {where}")
+        gc.collect()
+        gc.freeze()  # what stands now lives to the end: spare the collector from walking it
+        self.started = time.monotonic()
+        with open(metrics_path if self.leads else os.devnull, "a") as metrics:
+            for step in range(self.first_step, trainer.num_steps):
+                self.one_step(step, metrics)
+        if self.leads:
+            save(self.out / "checkpoint.pt", checkpoint(trainer, trainer.num_steps, self.tokens_before))
+            self.state_path.unlink(missing_ok=True)
+        self.tell(f"{self.done_text}  {self.seconds():.1f} s")
+
+    def one_step(self, step: int, metrics: TextIO) -> None:
+        c, done, num_steps = self.config, step + 1, self.trainer.num_steps
+        is_last = done == num_steps
+        logs = done % c.log_every == 0 or is_last
+        batch = (to_device(x, self.trainer.device) for x in self.rows.batch(step, self.trainer.team))
+        result = self.trainer.step(*batch, step, watch=logs)
+        self.since_line.append(result.nats)
+        if done % CHECK_EVERY_STEPS == 0 or is_last:
+            self.watch.check(result, done / num_steps)
+        if logs:
+            line = self.metrics_line(result, done)
+            try:
                 print(json.dumps(line, allow_nan=False), file=metrics, flush=True)
-                speed, nats = line["tokens"] / line["seconds"], line["train_nats"]
-                eta_seconds = (c.tokens - line["tokens"]) / speed
-                done_text = f"{done / num_steps:4.0%}  {nats:.4f} nats  {speed:,.0f} tokens/s"
-                tell(f"{done_text}  {eta_seconds:.0f} s left", passing=True)
-                since_line = []
-    save_checkpoint(out / "checkpoint.pt", model, num_steps)
-    tell(f"{done_text}  {time.monotonic() - started:.1f} s")
+            except ValueError:
+                raise Diverged(f"training loss {line['train_nats']:.3g} nats, routing not finite") from None
+            speed, nats = done * c.batch_tokens / line["seconds"], line["train_nats"]
+            self.done_text = f"{done / num_steps:4.0%}  {nats:.4f} nats  {speed:,.0f} tokens/s"
+            left_seconds = (num_steps - done) * c.batch_tokens / speed
+            self.tell(f"{self.done_text}  {left_seconds:.0f} s left", passing=True)
+            self.since_line = []
+        if c.save_every and done % c.save_every == 0 and not is_last and self.leads:
+            seen = {"config": asdict(c), "step": done, "seconds": self.seconds(), "nats": self.since_line}
+            save(self.state_path, self.trainer.state() | seen | {"checks": list(self.watch.checks)})
+
+    def go_on(self, metrics_path: Path) -> None:
+        """Take up the saved state, and drop the lines of metrics that lie after it."""
+        state = torch.load(self.state_path, map_location=self.trainer.device, weights_only=True)
+        if state["config"] != asdict(self.config):
+            raise Mistake(
+                f"--out {self.out}: holds the state of another run; name another folder or remove it"
+            )
+        self.trainer.load_state(state)
+        self.watch.checks.extend(state["checks"])
+        self.first_step, self.seconds_before, self.since_line = state["step"], state["seconds"], state["nats"]
+        if self.leads:
+            lines = metrics_path.read_text().splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]
+            kept = "".join(line for line in whole if json.loads(line)["step"] <= self.first_step)
+            temporary = metrics_path.with_name("metrics.tmp")
+            temporary.write_text(kept)
+            os.replace(temporary, metrics_path)
+
+    def seconds(self) -> float:
+        return self.seconds_before + time.monotonic() - self.started
+
+    def tell(self, text: str, *, passing: bool = False) -> None:
+        if self.leads:
+            tell(text, passing=passing)
+
+    def metrics_line(self, result: Step, done: int) -> dict[str, Any]:
+        """One line of metrics.jsonl; train_nats is the mean over the steps since the line before."""
+        nats = torch.stack(self.since_line).double().mean().item()
+        if not math.isfinite(nats):
+            raise Diverged(f"training loss {nats} nats at step {done}")
+        c = self.config
+        line = {"step": done, "tokens": done * c.batch_tokens, "seconds": self.seconds(), "train_nats": nats}
+        line |= {"lr": c.matrix_lr * schedule(c, done / self.trainer.num_steps)}
+        return line | (routing_health(self.trainer.model, result) if result.routings else {})
 
 
-def metrics_line(
-    config: TrainConfig, result: Step, since_line: list[Tensor], done: int, seconds: float
-) -> dict[str, Any]:
-    """One line of metrics.jsonl; train_nats is the mean over the steps since the line before."""
-    nats = torch.stack(since_line).double().mean().item()
-    if not math.isfinite(nats):
-        raise Diverged(f"training loss {nats} nats at step {done}")
-    rate = schedule(config, done / (config.tokens // config.batch_tokens))
-    line = {"step": done, "tokens": done * config.batch_tokens, "seconds": seconds, "train_nats": nats}
-    line |= {"lr": config.matrix_lr * rate}
-    return line if result.load_LS is None else line | routing_health(config, result)
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+
+# --- Warm start ------------------------------------------------------------------------------------------
+
+SAME = ("vocab_size", "model_dim", "head_dim", "expert_dim", "ffn", "num_shared", "recursion")
+
+
+class Ancestry(NamedTuple):
+    """Where a model's parts come from: the source layer of each layer and whether the layer is a copy put in,
+    and the source's stored expert of each stored expert."""
+
+    layer_L: list[int]
+    inserted_L: list[bool]
+    expert_S: list[int]
+
+
+def warm_start(model: GPT, saved: dict[str, Any]) -> Tensor:
+    """Load a checkpoint's weights into `model`, converting where it must, and return the edges that the source
+    had, (L, S) bool. ASSUMPTION throughout: MoUE's own conversion is not known.
+
+    The same model goes on. A MoE gives each layer's picked experts to the pool, in order of depth; nothing is
+    copied, so both have the same stored and active parameters. A deeper target gets copies of its layers, each
+    after its original, that add nothing at first. As long as a ramp holds the new edges closed the model computes
+    what the source did. Raises Mistake where it could not.
+    """
+    c, source = model.config, GPT(saved["config"])
+    old = source.config
+    source.load_state_dict(saved["model"])
+    for key in SAME:
+        require(
+            getattr(c, key) == getattr(old, key), c, key, f"the source of --from has {getattr(old, key)!r}"
+        )
+    if c.router == old.router:
+        require(c.router_dim == old.router_dim, c, "router_dim", f"the source of --from has {old.router_dim}")
+    ancestry = find_ancestry(c, old, saved["usage"])
+    kept_LS = inherited_edges(model, source, ancestry)
+    theirs = dict(source.named_parameters())
+    with torch.no_grad():
+        for name in ("embed", "head"):
+            getattr(model, name).copy_(theirs[name])
+        for side in ("in", "out"):
+            bank, new_bank = source.bank(side, torch.float32), model.bank(side, torch.float32)
+            for mine, expert in zip(new_bank, ancestry.expert_S, strict=True):
+                mine.copy_(bank[expert])
+        for block, layer, inserted in zip(model.blocks, ancestry.layer_L, ancestry.inserted_L, strict=False):
+            copy_block(block, source.blocks[layer % len(source.blocks)], inserted)
+        for layer, block in enumerate(model.blocks):
+            if block.moe:
+                copy_router(block.moe, source, ancestry, layer, home_rows=c.convert_rows == "home")
+        copy_shared(model, source, ancestry)
+    return kept_LS
+
+
+def find_ancestry(c: TrainConfig, old: TrainConfig, usage_LS: Tensor) -> Ancestry:
+    remedy = f"the source of --from has {old.depth} layers"
+    require(c.depth >= old.depth, c, "depth", f"{remedy}; layers are added, never taken away")
+    require(not c.recursion or c.depth == old.depth, c, "depth", f"{remedy} and recursion; keep them")
+    layer_L = [layer * old.depth // c.depth for layer in range(c.depth)]
+    inserted_L = [layer > 0 and layer_L[layer] == layer_L[layer - 1] for layer in range(c.depth)]
+    require(
+        c.layer_gate or c.ffn == "dense" or not any(inserted_L), c, "layer_gate", f"{remedy}; set it to true"
+    )
+    if (c.num_local, c.num_universal) == (old.num_local, old.num_universal) or c.depth > old.depth:
+        same = (c.num_local, c.num_universal) == (old.num_local, old.num_universal)
+        require(
+            same,
+            c,
+            "num_universal",
+            f"{remedy} and {old.num_local} local, {old.num_universal} universal experts; "
+            "first convert, then add layers",
+        )
+        own = [layer * c.num_local + i for layer in layer_L for i in range(c.num_local)]
+        return Ancestry(
+            layer_L, inserted_L, own + [old.depth * c.num_local + j for j in range(c.num_universal)]
+        )
+    require(
+        old.num_universal == 0, c, "num_universal", f"the source of --from has a pool of {old.num_universal}"
+    )
+    per_layer, rest = divmod(c.num_universal, c.depth)
+    remedy = (
+        f"must give num_local + num_universal / depth = {old.num_local}, the experts of the source's layers"
+    )
+    require(rest == 0 and c.num_local + per_layer == old.num_local, c, "num_universal", remedy)
+    own, pool = [], []
+    for layer in range(c.depth):
+        ids = np.arange(layer * old.num_local, (layer + 1) * old.num_local)
+        order = np.random.default_rng([c.seed, layer]).permutation(len(ids))
+        if c.convert_pick != "random":
+            order = (
+                usage_LS[layer, ids].argsort(stable=True, descending=c.convert_pick == "most_used").numpy()
+            )
+        picked = np.sort(order[:per_layer])
+        pool += ids[picked].tolist()
+        own += np.delete(ids, picked).tolist()
+    return Ancestry(layer_L, inserted_L, own + pool)
+
+
+def inherited_edges(model: GPT, source: GPT, ancestry: Ancestry) -> Tensor:
+    """Which edges of the model the source had; Mistake if an edge of the source has no place in the model."""
+    c = model.config
+    had_LS = source.edges_LS[ancestry.layer_L][:, ancestry.expert_S]
+    own_layer_S = torch.arange(c.depth).repeat_interleave(c.num_local)
+    had_LS[:, : len(own_layer_S)] = own_layer_S == torch.arange(c.depth)[:, None]
+    kept_LS = had_LS & model.edges_LS
+    for layer, inserted in enumerate(ancestry.inserted_L):
+        if not inserted:
+            num_lost = int((had_LS & ~model.edges_LS)[layer].sum())
+            remedy = f"layer {layer} would lose {num_lost} experts of its source; "
+            remedy += "set keep_home=true, or widen window, or put layers_per_window to the growth in depth"
+            require(num_lost == 0, c, "window", remedy)
+        elif kept_LS[layer].sum() < c.top_k:
+            kept_LS[layer] = model.edges_LS[layer]
+    return kept_LS
+
+
+def copy_block(block: Block, old: Block, inserted: bool) -> None:
+    block.attention.load_state_dict(old.attention.state_dict())
+    if block.mlp:
+        block.mlp.load_state_dict(old.mlp.state_dict())
+    if inserted:
+        block.attention.out.zero_()
+        if block.mlp:
+            block.mlp.w_out.zero_()
+
+
+def copy_router(moe: MoE, source: GPT, ancestry: Ancestry, layer: int, home_rows: bool) -> None:
+    """Old edges take their router columns along; new ones get zeros, or the column of a layer that has one, at
+    the mean length of this layer's."""
+    blocks = source.blocks
+    old = blocks[ancestry.layer_L[layer] % len(blocks)].moe
+    for name, param in old.named_parameters():
+        mine = getattr(moe, name, None)
+        if name != "router" and mine is not None:
+            mine.copy_(param)
+    if (moe.router_in is None) != (old.router_in is None):
+        return  # rows of another kind: the router starts afresh
+    columns = {expert: old.router[:, place] for place, expert in enumerate(old.visible)}
+    others = {e: b.moe.router[:, place] for b in blocks for place, e in enumerate(b.moe.visible)}
+    length = old.router.norm(dim=0).mean()
+    for place, expert in enumerate(moe.visible):
+        ancestor = ancestry.expert_S[expert]
+        fresh = (
+            F.normalize(others[ancestor], dim=0) * length if home_rows else torch.zeros_like(moe.router[:, 0])
+        )
+        moe.router[:, place] = columns.get(ancestor, fresh)
+
+
+def copy_shared(model: GPT, source: GPT, ancestry: Ancestry) -> None:
+    if model.trajectory is not None and source.trajectory is not None:
+        theirs = source.trajectory.state_dict()
+        theirs["keys"] = theirs["keys"][ancestry.expert_S]
+        model.trajectory.load_state_dict(theirs)
+    if model.depth_embedding is not None and source.depth_embedding is not None:
+        model.depth_embedding.copy_(source.depth_embedding[ancestry.layer_L])
+    if model.layer_gate is not None:
+        if source.layer_gate is not None:
+            model.layer_gate.copy_(source.layer_gate[ancestry.layer_L])
+        model.layer_gate[torch.tensor(ancestry.inserted_L)] = 0.0
+    if model.balance_bias is not None and source.balance_bias is not None:
+        model.balance_bias.copy_(source.balance_bias[ancestry.expert_S])
 
 
 # --- Serving logits --------------------------------------------------------------------------------------
 
 
-def load_model(checkpoint: Path, device: torch.device) -> GPT:
-    if not checkpoint.is_file():
-        raise Mistake(f"--logits {checkpoint}: no such file; give a checkpoint.pt")
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    model = GPT(TrainConfig(**saved["config"]))
+def load_model(path: Path, device: torch.device) -> GPT:
+    saved = read_checkpoint(path, "--logits")
+    model = GPT(saved["config"])
     model.load_state_dict(saved["model"])
     return model.to(device).eval()
 
 
-def serve_logits(checkpoint: Path) -> None:
+def serve_logits(path: Path) -> None:
     """Answer requests until the end of input. Request: uint32 B, T and B*T int32 ids, little-endian; answer:
     uint32 B, T, V and B*T*V float32. Every edge is open, nothing is carried from one request to the next."""
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever prints to stdout now cannot corrupt the channel
     device = pick_device("auto")
-    model = load_model(checkpoint, device)
+    model = load_model(path, device)
     while head := requests.read(8):
         shape = struct.unpack("<II", head)
         body = requests.read(4 * shape[0] * shape[1])
@@ -1066,6 +1935,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--config", metavar="FILE", type=Path, help="flat JSON object of settings")
     parser.add_argument("--out", metavar="DIR", type=Path, help="where metrics.jsonl and checkpoint.pt go")
+    parser.add_argument(
+        "--from", dest="source", metavar="CHECKPOINT", type=Path, help="begin with these weights, converted"
+    )
     parser.add_argument("--depth", type=int, metavar="N", help="the one dial; same as depth=N")
     parser.add_argument("--describe", action="store_true", help="print what the run would be, as JSON")
     parser.add_argument(
@@ -1085,7 +1957,7 @@ def run(args: argparse.Namespace) -> None:
     if args.describe:
         print(json.dumps(describe(config)))
     elif args.out:
-        train(config, args.out)
+        train(config, args.out, args.source)
     else:
         raise Mistake("--out: missing; say where the run goes with --out DIR")
 

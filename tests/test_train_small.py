@@ -171,6 +171,11 @@ def test_the_default_budget_holds_at_every_depth(depth):
         assert resolve(config) == config
 
 
+def is_open(offset_LS: torch.Tensor, edges_LS: torch.Tensor) -> torch.Tensor:
+    assert set(offset_LS.unique().tolist()) <= {0.0, -math.inf}
+    return edges_LS & (offset_LS == 0)
+
+
 def test_ramp_opens_exactly_the_edges_it_should():
     config = resolve(
         tiny(
@@ -188,7 +193,7 @@ def test_ramp_opens_exactly_the_edges_it_should():
     home = torch.arange(8) // 2
     layers = torch.arange(4)[:, None]
     for progress in (0.0, 0.2, 0.3, 0.5, 0.59):
-        opened = ts.open_edges(config, edges, progress, 5)
+        opened = is_open(ts.ramp_offset(config, edges, progress, 5), edges)
         assert not (opened & ~edges).any()
         assert opened[:, :8].equal(edges[:, :8])
         assert opened[:, 8:][home == layers].all()
@@ -197,19 +202,20 @@ def test_ramp_opens_exactly_the_edges_it_should():
         farthest_open = ((home - layers).abs() * opened[:, 8:]).amax(1)
         nearest_closed = ((home - layers).abs() + 99 * opened[:, 8:]).amin(1)
         assert (farthest_open <= nearest_closed).all()
-    assert ts.open_edges(config, edges, 0.6, 5) is None
+    assert ts.ramp_offset(config, edges, 0.6, 5) is None
     drawn = replace(config, ramp="random")
-    one, again, later = (ts.open_edges(drawn, edges, 0.4, step) for step in (5, 5, 6))
+    one, again, later = (is_open(ts.ramp_offset(drawn, edges, 0.4, step), edges) for step in (5, 5, 6))
     assert one.equal(again) and not one.equal(later)
-    assert not one.equal(ts.open_edges(replace(drawn, seed=1), edges, 0.4, 5))
+    assert not one.equal(is_open(ts.ramp_offset(replace(drawn, seed=1), edges, 0.4, 5), edges))
     assert one[:, 8:].sum(1).tolist() == [5] * 4
 
 
 def test_closed_edges_get_no_traffic_no_probability_and_no_gradient():
     config = tiny(depth=4, num_local=2, ramp="random")
     model = awake(config)
-    opened = ts.open_edges(model.config, model.edges_LS, 0.0, 0)
-    logits, routings = model.trace(some_tokens(4), opened)
+    offset = ts.ramp_offset(model.config, model.edges_LS, 0.0, 0)
+    opened = is_open(offset, model.edges_LS)
+    logits, routings, _ = model.trace(some_tokens(4), offset)
     (logits.square().mean() + sum(r.prob_E.square().sum() + r.zloss for r in routings)).backward()
     for layer, routing in enumerate(routings):
         closed = ~opened[layer][model.edges_LS[layer]]
@@ -597,11 +603,15 @@ FLIPS: dict[str, dict] = {
     "seed": {"seed": 1},
     "depth": {"depth": 3},
     "tokens": {"tokens": 640},
+    "horizon": {"horizon": 0.5},
     "log_every": {"log_every": 2},
+    "micro_tokens": {"micro_tokens": 64},
     "aspect": {"aspect": 32, "model_dim": -1},
     "model_dim": {"model_dim": 48},
     "head_dim": {"head_dim": 32},
     "seq_len": {"seq_len": 64},
+    "recursion": {"recursion": 1},
+    "depth_embedding": {"depth_embedding": True},
     "ffn": {"ffn": "dense"},
     "num_experts": {"num_experts": 7},
     "top_k": {"top_k": 1},
@@ -614,14 +624,31 @@ FLIPS: dict[str, dict] = {
     "stride": {"stride": 4},
     "layers_per_window": {"layers_per_window": 2},
     "wrap": {"wrap": False},
+    "keep_home": {"keep_home": True},
+    "untied_first": {"untied_first": 1},
+    "untied_last": {"untied_last": 1},
+    "stage_sharing": {"stage_sharing": "within"},
+    "router": {"router": "norm"},
+    "router_dim": {"router_dim": 16},
+    "router_feedback": {"router_feedback": False},
+    "gate": {"gate": "sigmoid"},
+    "renormalize": {"renormalize": False},
+    "split_top_k": {"split_top_k": 1},
+    "layer_gate": {"layer_gate": True},
     "balance": {"balance": "layer"},
     "balance_coeff": {"balance_coeff": 0.1},
+    "balance_ramp": {"balance_ramp": 0.5},
+    "balance_batch": {"balance_batch": "lagged"},
     "exposure_power": {"exposure_power": 2},
     "balance_scope": {"balance_scope": "pool_only"},
+    "bias_rate": {"bias_rate": 0.5},
     "zloss_coeff": {"zloss_coeff": 0.1},
     "ramp": {"ramp": "distance"},
     "ramp_start": {"ramp_start": 0.29},
     "ramp_end": {"ramp_end": 0.9},
+    "ramp_keep": {"ramp_keep": 0.5},
+    "edge_bias": {"edge_bias": 1.0},
+    "router_boost": {"router_boost": 3.0},
     "optimizer": {"optimizer": "adamw", "matrix_lr": 0.06},
     "matrix_lr": {"matrix_lr": 0.01},
     "embed_lr": {"embed_lr": 0.01},
@@ -634,6 +661,19 @@ FLIPS: dict[str, dict] = {
     "final_lr_frac": {"final_lr_frac": 0.5},
     "batch_tokens": {"batch_tokens": 64},
 }
+# What some settings need beside them to mean anything.
+BESIDE: dict[str, dict] = {
+    "layers_per_window": {"depth": 3, "window": 8, "stride": 4},
+    "recursion": {"num_local": 0, "num_universal": 8, "topology": "full", "window": -1, "stride": -1},
+    "keep_home": {"depth": 3, "topology": "random", "stride": -1},
+    "untied_first": {"depth": 3},
+    "untied_last": {"depth": 3},
+    "stage_sharing": {"depth": 4, "stages": 2, "stride": 4},
+    "router_dim": {"router": "gru"},
+    "router_feedback": {"router": "gru"},
+    "bias_rate": {"balance": "bias"},
+    "edge_bias": {"ramp": "bias"},
+}
 
 
 @pytest.fixture(scope="session")
@@ -645,9 +685,9 @@ def rich_run(corpus, tmp_path_factory):
 
 @pytest.mark.parametrize("name", FLIPS)
 def test_every_setting_has_an_effect(name, corpus, tmp_path, rich_run):
-    base, base_run = RICH, rich_run
-    if name == "layers_per_window":  # alone needs a model in which either value leaves no expert unseen
-        base, base_run = {**RICH, "depth": 3, "window": 8, "stride": 4}, tmp_path / "base"
+    base, base_run = RICH | BESIDE.get(name, {}), rich_run
+    if name in BESIDE:
+        base_run = tmp_path / "base"
         assert run(corpus, base_run, **base) == 0
     assert run(corpus, tmp_path / "flip", **{**base, **FLIPS[name]}) == 0
     one, two = weights(base_run), weights(tmp_path / "flip")
@@ -658,9 +698,9 @@ def test_every_setting_has_an_effect(name, corpus, tmp_path, rich_run):
 
 
 def test_no_setting_is_left_out_of_the_flips():
-    elsewhere = {"corpus", "device", "collapse_limit"}  # exit codes and choices: tested below
-    alone = {f.name for f in fields(TrainConfig) if len(f.metadata["choices"]) == 1}
-    assert {f.name for f in fields(TrainConfig)} == set(FLIPS) | elsewhere | alone
+    tested_by_themselves = {"corpus", "device", "compile", "collapse_limit", "dead_limit", "stages"}
+    tested_by_themselves |= {"save_every", "convert_pick", "convert_rows", "vocab", "vocab_size"}
+    assert {f.name for f in fields(TrainConfig)} == set(FLIPS) | tested_by_themselves
 
 
 def test_a_diverging_run_exits_3_and_stores_no_number(corpus, tmp_path, capsys):
