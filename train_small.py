@@ -19,8 +19,8 @@ Exit codes: 0 done, 2 user's mistake, 3 diverged, 4 routing collapsed, 5 out of 
 
 Shapes, as name suffixes: B rows, T positions, N = B*T tokens, D model width, H heads, C head width,
 V vocabulary, L layers, S stored experts, U of them in the pool, E experts one layer sees, K experts a token
-uses, A = N*K assignments, M expert width, P width of a router's inner state. A stored expert's id is l*num_local + i for the i-th expert of layer l and
-L*num_local + j for universal expert j.
+uses, A = N*K assignments, M expert width, P width of a router's inner state. A stored expert's id is
+l*num_local + i for the i-th expert of layer l and L*num_local + j for universal expert j.
 """
 
 import argparse
@@ -1252,11 +1252,14 @@ class Team(NamedTuple):
                 value.copy_(piece.view_as(value))
 
 
+ALONE = Team()
+
+
 @contextmanager
 def join_team(device: torch.device) -> Iterator[Team]:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield Team()
+        yield ALONE
         return
     import torch.distributed
 
@@ -1295,7 +1298,7 @@ class Rows:
                 self.order = np.random.default_rng([self.config.seed, epoch]).permutation(self.num_rows)
             yield self.order[place]
 
-    def batch(self, step: int, team: Team = Team()) -> tuple[Tensor, Tensor]:
+    def batch(self, step: int, team: Team = ALONE) -> tuple[Tensor, Tensor]:
         """Inputs and targets of one step, (B, T) int64 each: every team.size-th of the step's rows."""
         width = self.config.seq_len
         num_rows = self.config.batch_tokens // width
@@ -1393,8 +1396,8 @@ def routing_health(model: GPT, result: Step) -> dict[str, Any]:
 class Trainer:
     """The state of a training run and its one step."""
 
-    def __init__(self, model: GPT, *, kept_LS: Tensor | None = None, team: Team | None = None):
-        self.model, self.kept_LS, self.team = model, kept_LS, team or Team()
+    def __init__(self, model: GPT, *, kept_LS: Tensor | None = None, team: Team = ALONE):
+        self.model, self.kept_LS, self.team = model, kept_LS, team
         self.optimizers = make_optimizers(model)
         self.num_steps = num_steps(model.config)
         self.device = model.embed.device

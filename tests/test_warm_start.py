@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-import train_small as ts
 from test_train_small import (
     TINY,
     TRAINER,
@@ -28,6 +27,8 @@ from test_train_small import (
     tiny,
     weights,
 )
+
+import train_small as ts
 from train_small import GPT, resolve
 
 __all__ = ["corpus", "one_thread"]  # fixtures
