@@ -860,8 +860,8 @@ class Trajectory(nn.Module):
         return (memory.state_NP @ self.read) @ self.keys.index_select(0, visible_E).T
 
     def note(self, memory: Memory, gate_NK: Tensor, choice_NK: Tensor, visible_E: Tensor) -> Memory:
-        keys_EP = self.keys.index_select(0, visible_E)
-        used_NP = F.embedding_bag(choice_NK, keys_EP, mode="sum", per_sample_weights=gate_NK)
+        keys_NKP = self.keys.index_select(0, visible_E[choice_NK].flatten()).unflatten(0, choice_NK.shape)
+        used_NP = (gate_NK[:, :, None] * keys_NKP).sum(1)
         state_NP = memory.state_NP
         if self.cell is None:
             state_NP = used_NP.lerp(state_NP, self.decay.sigmoid())
