@@ -368,6 +368,8 @@ def resolve_routing(c: SimpleNamespace) -> None:
         require(c.router_dim > 0, c, "router_dim", f"router={c.router} needs at least 1")
     else:
         c.router_dim = 0
+    faded = c.ramp == "bias" and c.router == "norm" and c.ffn == "moe"
+    require(not faded, c, "ramp", "router=norm would scale the fade away; use random or distance")
     require(c.split_top_k <= c.top_k, c, "split_top_k", f"exceeds top_k={c.top_k}")
     neutral = {spec.name: spec.default for spec in fields(TrainConfig)}
     ramped = c.ramp != "none" and (c.num_universal > 0 or c.ramp_keep < 1) and c.ffn == "moe"
@@ -965,7 +967,8 @@ class MoE(nn.Module):
             return score_NE.gather(1, choice_NK), positive_NE / (positive_NE.sum(-1, keepdim=True) + 1e-9)
         if c.gate == "sigmoid":
             score_NE = logits_NE.sigmoid()
-            gate_NK, prob_NE = score_NE.gather(1, choice_NK), score_NE / score_NE.sum(-1, keepdim=True)
+            total_N1 = score_NE.sum(-1, keepdim=True).clamp_min(1e-30)
+            gate_NK, prob_NE = score_NE.gather(1, choice_NK), score_NE / total_N1
             return (
                 gate_NK / gate_NK.sum(-1, keepdim=True) if c.renormalize and c.top_k > 1 else gate_NK
             ), prob_NE
@@ -1431,6 +1434,13 @@ def routing_health(model: GPT, result: Step) -> dict[str, Any]:
     }
 
 
+class Shares(NamedTuple):
+    """Of every layer and stored expert (L, S): the share of assignments, and the mean probability."""
+
+    load_LS: Tensor
+    prob_LS: Tensor
+
+
 class Trainer:
     """The state of a training run and its one step."""
 
@@ -1456,15 +1466,17 @@ class Trainer:
             open_LS = open_LS & (offset_LS > -math.inf)
         rows = c.micro_tokens // c.seq_len
         passes = list(zip(inputs_BT.split(rows), targets_BT.split(rows), strict=True))
-        batch_load_LS = self.count_load(passes, offset_LS) if self.needs_count(len(passes)) else None
+        whole = self.survey(passes, offset_LS) if len(passes) > 1 and self.balances_whole_batch else None
         nats, loads = torch.zeros((), device=self.device), []
         for micro_inputs_BT, micro_targets_BT in passes:
             trace = model.trace(micro_inputs_BT, offset_LS, watch=watch)
             loss = F.cross_entropy(trace.logits_BTV.flatten(0, 1), micro_targets_BT.flatten())
             nats += loss.detach() / len(passes)
             if trace.routings:
-                loads.append(spread([r.load_E for r in trace.routings], self.visible_LS))
-                loss = loss + self.routing_loss(trace.routings, loads[-1], batch_load_LS, open_LS, progress)
+                shares = self.shares(trace.routings)
+                loads.append(shares.load_LS)
+                loss = loss + c.zloss_coeff * torch.stack([r.zloss for r in trace.routings]).mean()
+                loss = loss + self.balance(shares, whole, open_LS, progress)
             (loss / len(passes)).backward()
         self.team.mean([nats, *(p.grad for p in model.parameters())])
         boost = c.router_boost if progress < c.ramp_end else 1.0
@@ -1475,35 +1487,46 @@ class Trainer:
         load_LS = self.note_load(loads, open_LS)
         return Step(nats, load_LS, open_LS, trace.routings if watch else [], trace.residual_rms_L)
 
-    def routing_loss(self, routings, load_LS, batch_load_LS, open_LS: Tensor, progress: float) -> Tensor:
-        c = self.model.config
-        loss = c.zloss_coeff * torch.stack([r.zloss for r in routings]).mean()
-        if c.balance in ("bias", "none") or (c.balance_batch == "lagged" and self.last_load_LS is None):
-            return loss
-        if c.balance_batch == "lagged":
-            load_LS = self.last_load_LS
-        elif batch_load_LS is not None:
-            load_LS = batch_load_LS
-        elif c.balance_batch == "global":
-            load_LS = load_LS.clone()
-            self.team.mean([load_LS])
-        weight = min(1.0, progress / c.balance_ramp) if c.balance_ramp else 1.0
-        prob_LS = spread([r.prob_E for r in routings], self.visible_LS)
-        return loss + weight * balance_loss(c, load_LS, prob_LS, open_LS)
+    def shares(self, routings: list[Routing]) -> Shares:
+        load_LS, prob_LS = (
+            spread([getattr(r, name) for r in routings], self.visible_LS) for name in ("load_E", "prob_E")
+        )
+        return Shares(load_LS, prob_LS)
 
-    def needs_count(self, num_passes: int) -> bool:
+    @property
+    def balances_whole_batch(self) -> bool:
         c = self.model.config
-        return num_passes > 1 and c.balance_batch == "global" and c.balance in ("uelb", "layer", "pool")
+        return c.balance_batch == "global" and c.balance in ("uelb", "layer", "pool")
 
     @torch.no_grad()
-    def count_load(self, passes: list[tuple[Tensor, Tensor]], offset_LS: Tensor | None) -> Tensor:
-        """The load of the whole step, by a pass over it without gradients, for the loss of every micro-batch
-        needs it (arXiv 2501.11873: balance over the global batch)."""
+    def survey(self, passes: list[tuple[Tensor, Tensor]], offset_LS: Tensor | None) -> Shares:
+        """The whole step's shares, by passes without gradients: the balance of each micro-batch needs them."""
         traces = (self.model.trace(inputs_BT, offset_LS) for inputs_BT, _ in passes)
-        loads = [spread([r.load_E for r in trace.routings], self.visible_LS) for trace in traces]
-        load_LS = torch.stack(loads).mean(0)
-        self.team.mean([load_LS])
-        return load_LS
+        parts = [self.shares(trace.routings) for trace in traces]
+        return self.over_team(Shares(*(torch.stack(values).mean(0) for values in zip(*parts, strict=True))))
+
+    def over_team(self, shares: Shares) -> Shares:
+        whole = Shares(shares.load_LS.clone(), shares.prob_LS.detach().clone())
+        self.team.mean([*whole])
+        return whole
+
+    def balance(
+        self, shares: Shares, whole: Shares | None, open_LS: Tensor, progress: float
+    ) -> Tensor | float:
+        """The balance loss of these tokens. Over the global batch (arXiv 2501.11873) it is the loss of the whole
+        batch, linear around it, so that the gradients of all parts add up to its gradient."""
+        c = self.model.config
+        weight = min(1.0, progress / c.balance_ramp) if c.balance_ramp else 1.0
+        if c.balance_batch == "lagged":
+            shares = None if self.last_load_LS is None else shares._replace(load_LS=self.last_load_LS)
+        if c.balance in ("bias", "none") or shares is None:
+            return 0.0
+        if self.balances_whole_batch and (whole or self.team.size > 1):
+            whole = whole or self.over_team(shares)
+            prob_LS = whole.prob_LS.requires_grad_()
+            (slope_LS,) = torch.autograd.grad(balance_loss(c, whole.load_LS, prob_LS, open_LS), prob_LS)
+            return weight * (slope_LS * shares.prob_LS).sum()
+        return weight * balance_loss(c, *shares, open_LS)
 
     def note_load(self, loads: list[Tensor], open_LS: Tensor) -> Tensor | None:
         if not loads:
@@ -1928,7 +1951,8 @@ def serve_logits(path: Path) -> None:
         tokens_BT = torch.from_numpy(np.frombuffer(body, "<i4").astype(np.int64).reshape(shape))
         with torch.inference_mode():
             logits_BTV = model(tokens_BT.to(device)).cpu().contiguous()
-        answers.write(struct.pack("<III", *logits_BTV.shape) + logits_BTV.numpy().astype("<f4").tobytes())
+        answers.write(struct.pack("<III", *logits_BTV.shape))
+        answers.write(logits_BTV.numpy().astype("<f4", copy=False).data)
         answers.flush()
 
 

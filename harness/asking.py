@@ -6,8 +6,8 @@ import logging
 from collections.abc import Callable
 
 from harness.admission import Admission, Refusal
-from harness.propose import Proposal, Proposer, arms_by_need
-from harness.records import PLACEBO_ARM
+from harness.propose import Proposal, Proposer, arms_by_need, next_listed
+from harness.records import LISTED_ARM, PLACEBO_ARM
 from harness.view import StudyView
 
 log = logging.getLogger("harness")
@@ -18,7 +18,7 @@ ASKS_A_CALL = 8  # proposals tried before the dispatcher may look after its work
 
 
 class Asking:
-    """The arms of one session with their shares."""
+    """The arms of one session with their shares, once the listed designs are handed in."""
 
     def __init__(
         self, view: StudyView, admission: Admission, proposers: list[Proposer], shares: dict[str, float]
@@ -39,6 +39,10 @@ class Asking:
 
     def nothing_left(self) -> tuple[str, str] | None:
         """Why no proposal will come any more: (reason, detail), or None."""
+        if self._view.asked[LISTED_ARM] < len(self._view.space.candidates):
+            return None
+        if not self._shares:
+            return "exhausted", "every listed candidate was proposed, and there are no [params]"
         if self._duplicates >= MAX_DUPLICATES_IN_A_ROW:
             return "space-exhausted", f"{self._duplicates} proposals in a row were nothing new"
         if self._refusals >= MAX_REFUSALS_IN_A_ROW:
@@ -49,7 +53,9 @@ class Asking:
         return None
 
     def _ask(self) -> Proposal | None:
-        """From the arm furthest behind its share that has something; a placebo only where it is due."""
+        """A listed design, else from the arm furthest behind its share; a placebo only where it is due."""
+        if listed := next_listed(self._view):
+            return listed
         for place, arm in enumerate(arms_by_need(self._view, self._shares)):
             if arm == PLACEBO_ARM and place > 0:
                 continue
@@ -64,8 +70,10 @@ class Asking:
         except Refusal as refusal:
             rejected = {"event": "rejected", "arm": proposal.arm, "kind": refusal.kind}
             rejected |= {"detail": str(refusal), "overrides": proposal.overrides, "call": proposal.call}
+            rejected |= {"name": proposal.name} if proposal.name else {}
             write(rejected)
-            self.proposers[proposal.arm].refuse(rejected)
+            if proposer := self.proposers.get(proposal.arm):
+                proposer.refuse(rejected)
             self._refusals += 1
             self._duplicates = self._duplicates + 1 if refusal.kind == "duplicate" else 0
             log.info("proposal refused arm=%s kind=%s %s", proposal.arm, refusal.kind, refusal)

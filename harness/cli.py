@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from harness import __version__
-from harness.errors import ClusterLost, EndedEarly, UserError
+from harness.errors import ClusterLost, EndedEarly, UserError, WorkFailed
 from harness.guard import restart
 
 EARLY = ("budget-hours", "budget-trials", "budget-gpu-hours", "signal")
@@ -53,25 +53,33 @@ def doctor(as_json: bool) -> None:
 
 @cli.command()
 @click.option("--source", default="embedded", show_default=True, help="embedded, a PATH, or hf:DATASET.")
+@click.option("--vocab", type=click.IntRange(257, 65_535), help="Tokens of a BPE; without it bytes.")
 @json_option
-def prepare(source: str, as_json: bool) -> None:
+def prepare(source: str, vocab: int | None, as_json: bool) -> None:
     """Build the corpus cache and its splits, whole documents held out."""
     from harness.judge import corpus
 
-    folder = corpus.corpus_folder(source)
+    vocab_size = vocab or corpus.BYTE_VOCAB
+    folder = corpus.corpus_folder(source, vocab_size)
     try:
-        manifest = corpus.prepare(source, folder)
+        manifest = corpus.prepare(source, folder, vocab_size=vocab_size)
     except (ValueError, FileNotFoundError) as error:
         raise UserError(str(error)) from None
     splits = {name: getattr(manifest, name) for name in ("train", *corpus.JUDGE_SPLITS)}
-    sizes = {name: {"documents": s.num_documents, "bytes": s.num_bytes} for name, s in splits.items()}
+    sizes = {
+        name: {"documents": s.num_documents, "bytes": s.num_bytes, "tokens": s.offsets[-1]}
+        for name, s in splits.items()
+    }
     if as_json:
         click.echo(json.dumps({"folder": str(folder), "sha256": manifest.sha256, "splits": sizes}))
         return
     click.echo(f"{folder}  sha256 {manifest.sha256[:16]}")
     for name, size in sizes.items():
-        click.echo(f"  {name:7s}{size['documents']:>8,} documents {size['bytes']:>14,} bytes")
-    click.echo(f'Use it with corpus = "{source}" under [metric].')
+        tokens = f" {size['tokens']:>14,} tokens" if vocab else ""
+        click.echo(f"  {name:7s}{size['documents']:>8,} documents {size['bytes']:>14,} bytes{tokens}")
+    words = f", vocab_size = {vocab}" if vocab else ""
+    also = f'; under [baseline] vocab = "bpe"{words}' if vocab else ""
+    click.echo(f'Use it with corpus = "{source}"{words} under [metric]{also}.')
 
 
 @cli.command()
@@ -213,6 +221,8 @@ def main() -> None:
         _end(2, error.format_message())
     except UserError as error:
         _end(2, str(error))
+    except WorkFailed as error:
+        _end(1, str(error))
     except (EndedEarly, KeyboardInterrupt, click.Abort) as error:
         _end(3, str(error) or "interrupted; what was finished is saved")
     except OSError as error:

@@ -83,7 +83,9 @@ def _corpus() -> Check:
         return Check("corpus", True, "not prepared yet", "the first search does it, or `harness prepare`")
     except ValueError as error:
         return Check("corpus", False, str(error))
-    return Check("corpus", True, f"{manifest.num_documents} documents in {folder}")
+    others = sorted(p.parent.name for p in folder.parent.glob("*/manifest.json") if p.parent != folder)
+    beside = f"; beside it {', '.join(others)}" if others else ""
+    return Check("corpus", True, f"{manifest.num_documents} documents in {folder}{beside}")
 
 
 def _judge() -> Check:

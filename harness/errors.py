@@ -8,6 +8,10 @@ class UserError(Exception):
     """A mistake of the user's: one line with the value, the place and the remedy. Exit code 2."""
 
 
+class WorkFailed(Exception):
+    """What all else was to stand on failed: one line. Exit code 1."""
+
+
 class EndedEarly(BaseException):
     """A budget or a signal ended the work with everything saved. Exit code 3."""
 

@@ -60,8 +60,12 @@ class Options:
 def arm_shares(space: Space, budget: Budget, given: dict[str, float] | None) -> dict[str, float]:
     """Shares of the arms, the placebos' added; the agent joins only with a way to call it and money.
 
-    Raises UserError for an unknown arm, or an agent asked for that cannot be called.
+    Without [params] there are none. Raises UserError for an unknown arm, or an agent that cannot be called.
     """
+    if not space.params:
+        if given is not None:
+            raise UserError("--proposers: the file has no [params] to propose from; leave the flag out")
+        return {}
     shares = dict(given if given is not None else space.proposers)
     check_shares(shares, "--proposers" if given is not None else "[proposers]")
     if shares.get("agent") and not (agent.available() and budget.usd > 0):
@@ -120,7 +124,7 @@ def _prepare(
 
     budget = options.budget(space)
     shares = arm_shares(space, budget, options.proposers)
-    folder = ensure_corpus(space.metric.corpus)
+    folder = ensure_corpus(space.metric.corpus, space.metric.vocab_size)
     trainer = Path(space.trainer)
     if not trainer.exists():
         raise UserError(
@@ -147,13 +151,18 @@ def _prepare(
             dispatch=options.dispatch,
             proposers=shares,
             resumed=bool(view.opened),
+            source=describer.start,
             budget=budget.model_dump(),
         )
         if view.opened:
             check_comparable(view, opened, hashlib.sha256(trainer.read_bytes()).hexdigest())
+            _check_start(view, describer.start)
         else:
             freeze(paths, space_file)
-        ledger.append(opened, *([] if view.incumbents else [admission.baseline()]))
+        first = [] if view.incumbents else [admission.baseline()]
+        if space.source.settings is not None and view.source is None:
+            first.append(admission.source())
+        ledger.append(opened, *first)
         for event in ledger.poll():
             view.apply(event)
         proposers = [_proposer(arm, space, paths, budget) for arm in shares]
@@ -165,6 +174,15 @@ def _prepare(
     search = Search(paths, space, ledger, view, admission, candidates, proposers, shares, budget)
     search.sweep(list(view.trials))  # what a killed session could not
     return search, describer
+
+
+def _check_start(view: StudyView, start: str | None) -> None:
+    """What training goes on from is what it was when the study was opened. Raises UserError."""
+    if (before := view.opened.get("source")) != start:
+        raise UserError(
+            f"source.checkpoint = {view.space.source.checkpoint!r}: its sha256 is {start[:16]} now, the study was "
+            f"opened with {before[:16]}; put it back or search with --study NEW"
+        )
 
 
 def _proposer(arm: str, space: Space, paths: StudyPaths, budget: Budget) -> Proposer:

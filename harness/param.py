@@ -1,13 +1,15 @@
-"""One parameter of a search space: its kind, its range, and when it is in play."""
+"""What a search space is made of: parameters with their ranges, designs listed by name, what training starts from."""
 
 from __future__ import annotations
 
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Setting = bool | int | float | str
+NAME = r"[a-z0-9][a-z0-9_-]{0,63}"  # of spaces, studies and designs: a folder's name as well
+
 STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
@@ -24,6 +26,8 @@ Values = Annotated[list[Value], BeforeValidator(lambda v: v if isinstance(v, lis
 
 
 class Param(BaseModel):
+    """One parameter: its kind, its range, and when it is in play."""
+
     model_config = STRICT
 
     kind: Literal["float", "int", "categorical"]
@@ -76,3 +80,66 @@ class Param(BaseModel):
         if self.kind == "categorical":
             return "one of " + ", ".join(map(str, self.choices or []))
         return f"{self.kind} in [{self.low:g}, {self.high:g}]" + (f" step {self.step:g}" if self.step else "")
+
+
+class Listed(BaseModel):
+    """A design of the user's own: any settings of the trainer, laid over the baseline."""
+
+    model_config = STRICT
+
+    name: str = Field(pattern=f"^{NAME}$")
+    settings: dict[str, Value] = Field(min_length=1)
+    why: str = ""
+
+
+class Source(BaseModel):
+    """What every training goes on from: a run of the study's own, one a rung, or a checkpoint that is there."""
+
+    model_config = STRICT
+
+    settings: dict[str, Value] | None = None  # laid over the baseline
+    checkpoint: str | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Source:
+        if self.settings is not None and self.checkpoint is not None:
+            raise ValueError("takes `settings` or `checkpoint`, not both: remove one")
+        return self
+
+
+def check_params(params: dict[str, Param], baseline: dict[str, Setting]) -> None:
+    """Raises ValueError where a parameter, its baseline value and its `when` do not fit together."""
+    for key, param in params.items():
+        if key not in baseline:
+            raise ValueError(f"params.{key} has no baseline value: add `{key} = ...` under [baseline]")
+        if not param.holds(baseline[key]):
+            raise ValueError(
+                f"baseline.{key} = {baseline[key]!r} lies outside params.{key} ({param.describe()})"
+            )
+        for other, wanted in param.when.items():
+            if other not in baseline:
+                raise ValueError(f"params.{key}.when names {other!r}, which has no baseline value")
+            if other not in params:
+                raise ValueError(f"params.{key}.when names {other!r}, which is not under [params]")
+            if list(params).index(other) >= list(params).index(key):
+                raise ValueError(f"params.{key}.when needs params.{other} above it: move it up")
+            for value in wanted:
+                if not params[other].holds(value):
+                    raise ValueError(
+                        f"params.{key}.when.{other} = {value!r}: params.{other} is {params[other].describe()}"
+                    )
+
+
+def check_listed(listed: list[Listed], params: dict[str, Param]) -> None:
+    """Raises ValueError for a name that is taken, or a value outside the range of a parameter."""
+    taken = {"baseline", "source"}  # rows of the same tables
+    for design in listed:
+        if design.name in taken:
+            raise ValueError(f"candidates: the name {design.name!r} is taken: choose another")
+        taken.add(design.name)
+        for key in design.settings.keys() & params.keys():
+            if not params[key].holds(design.settings[key]):
+                raise ValueError(
+                    f"candidates: {design.name}: {key} = {design.settings[key]!r} lies outside params.{key} "
+                    f"({params[key].describe()}): widen the range"
+                )

@@ -33,10 +33,33 @@ class RungPlan:
 
 
 @dataclass(frozen=True)
+class DesignPlan:
+    """One training of a listed design at the first rung, or of the source at any."""
+
+    name: str
+    params_total: int
+    params_active: int
+    tokens: int
+    flops: float
+    seconds: float | None
+
+    def text(self) -> str:
+        return (
+            f"    {self.name}: {self.params_total:,} parameters ({self.params_active:,} active), {self.tokens:,} "
+            f"tokens, {self.flops:.3g} FLOPs, about {_spell(self.seconds)} a training"
+        )
+
+
+@dataclass(frozen=True)
 class Plan:
     name: str
     rungs: list[RungPlan]
-    allowed_share: float  # of random candidates
+    sources: list[DesignPlan]  # a training at each rung that all others there go on from
+    designs: list[DesignPlan]  # those that the file lists
+    refused: dict[str, str]  # listed as well -> why they would not run
+    listed_trainings: int  # until every design had its last look: source, control and designs, audits apart
+    listed_seconds: float | None  # of them all on all slots
+    allowed_share: float | None  # of random candidates, where there are [params] to draw from
     slots: int
     budget: Budget
     trainings_in_time: int | None
@@ -49,12 +72,22 @@ class Plan:
         lines = [f"{self.name}: {len(self.rungs)} rungs, {self.slots} slots on this machine"]
         for index, r in enumerate(self.rungs):
             runs = f"{r.seeds} control runs first" if index == 0 else f"{r.seeds} paired runs a candidate"
-            seconds = "–" if r.seconds_per_training is None else f"{r.seconds_per_training:.1f} s"
+            seconds = _spell(r.seconds_per_training)
             lines.append(
                 f"  rung {index}: depth {r.depth}, {r.tokens:,} tokens, {r.params_total:,} parameters "
                 f"({r.params_active:,} active), {r.flops_per_training:.3g} FLOPs, about {seconds} a training; {runs}"
             )
-        lines.append(f"  the constraints allow {self.allowed_share:.0%} of {DRAWS} random candidates")
+        if self.sources:
+            lines += ["  what all others go on from:", *(s.text() for s in self.sources)]
+        if self.designs:
+            lines.append(
+                f"  listed designs: {len(self.designs)}, {self.listed_trainings:,} trainings until all had their last "
+                f"look, about {_spell(self.listed_seconds)} on {self.slots} slots; audits of what passes it come on top"
+            )
+            lines += [d.text() for d in self.designs]
+        lines += [f"    {name}: refused: {why}" for name, why in self.refused.items()]
+        if self.allowed_share is not None:
+            lines.append(f"  the constraints allow {self.allowed_share:.0%} of {DRAWS} random candidates")
         b = self.budget
         lines.append(
             f"  budget: {b.hours:g} h, {b.trials:,} trainings, {b.usd:g} USD for API calls"
@@ -69,10 +102,14 @@ class Plan:
         return "\n".join(lines)
 
 
+def _spell(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{seconds:,.1f} s"
+
+
 def make_plan(space_file: Path) -> Plan:
     """Checks the question and prices it. Trains only a few steps of the baseline. Raises UserError."""
     space = load_space(space_file)
-    corpus = ensure_corpus(space.metric.corpus)
+    corpus = ensure_corpus(space.metric.corpus, space.metric.vocab_size)
     trainer = Path(space.trainer)
     if not trainer.exists():
         raise UserError(
@@ -82,10 +119,13 @@ def make_plan(space_file: Path) -> Plan:
     try:
         if problem := describer.check(describer.baseline):
             raise UserError(f"{space_file}: the baseline itself breaks its rules {problem}")
-        allowed = allowed_share(space, describer)
+        allowed = allowed_share(space, describer) if space.params else None
+        speed = (
+            None if space.rungs[0].gpus else _flops_per_second(space, trainer.resolve(), corpus, describer)
+        )
+        sources, (designs, refused) = _sources(space, describer, speed), _designs(space, describer, speed)
     finally:
         describer.close()
-    speed = None if space.rungs[0].gpus else _flops_per_second(space, trainer.resolve(), corpus, describer)
     rungs = [
         _rung_plan(rung, facts, speed) for rung, facts in zip(space.rungs, describer.baseline, strict=True)
     ]
@@ -96,11 +136,73 @@ def make_plan(space_file: Path) -> Plan:
             int(space.budget.hours * 3600 * slots / rungs[0].seconds_per_training), space.budget.trials
         )
     decisions = None if trainings is None else int(max(0, trainings - rungs[0].seeds) / RUNS_PER_DECISION)
-    return Plan(space.name, rungs, allowed, slots, space.budget, trainings, decisions)
+    if decisions is not None and not space.params:
+        decisions = min(decisions, len(designs))
+    num_listed = len(sources[:1]) + rungs[0].seeds + len(designs) * space.decision.looks[-1]
+    seconds = None
+    if speed:
+        alone = sum(s.seconds for s in sources[:1])
+        side_by_side = sum(d.seconds for d in designs) * space.decision.looks[-1]
+        seconds = alone + (rungs[0].seconds_per_training * rungs[0].seeds + side_by_side) / slots
+    return Plan(
+        name=space.name,
+        rungs=rungs,
+        sources=sources,
+        designs=designs,
+        refused=refused,
+        listed_trainings=num_listed,
+        listed_seconds=seconds,
+        allowed_share=allowed,
+        slots=slots,
+        budget=space.budget,
+        trainings_in_time=trainings,
+        decisions_in_time=decisions,
+    )
+
+
+def _sources(space: Space, describer: Describer, speed: float | None) -> list[DesignPlan]:
+    if space.source.settings is None:
+        return []
+    facts = zip(space.rungs, describer.facts(space.source.settings), strict=True)
+    return [_design_plan(f"at depth {rung.depth}", answer, speed) for rung, answer in facts]
+
+
+def _designs(
+    space: Space, describer: Describer, speed: float | None
+) -> tuple[list[DesignPlan], dict[str, str]]:
+    """The listed designs that would run, and what would be said to the others at the door."""
+    known = {describer.candidate_id(describer.baseline): "the baseline"}
+    designs, refused = [], {}
+    for listed in space.candidates:
+        try:
+            facts = describer.facts(listed.settings)
+            problem = describer.check(facts)
+        except UserError as error:
+            refused[listed.name] = str(error)
+            continue
+        twin = known.setdefault(describer.candidate_id(facts), listed.name)
+        problem = f"same resolved settings as {twin}" if twin != listed.name else problem
+        if problem:
+            refused[listed.name] = problem
+        else:
+            designs.append(_design_plan(listed.name, facts[0], speed))
+    return designs, refused
+
+
+def _design_plan(name: str, facts: dict[str, Any], speed: float | None) -> DesignPlan:
+    flops = float(facts["flops_per_token"] * facts["tokens"])
+    return DesignPlan(
+        name=name,
+        params_total=facts["params_total"],
+        params_active=facts["params_active"],
+        tokens=facts["tokens"],
+        flops=flops,
+        seconds=flops / speed if speed else None,
+    )
 
 
 def _rung_plan(rung: Rung, facts: dict[str, Any], speed: float | None) -> RungPlan:
-    flops = float(facts["flops_per_token"] * rung.tokens)
+    flops = float(facts["flops_per_token"] * facts["tokens"])
     return RungPlan(
         depth=rung.depth,
         tokens=rung.tokens,
@@ -162,6 +264,7 @@ def _flops_per_second(space: Space, trainer: Path, corpus: Path, describer: Desc
             trainer=str(trainer),
             patched=False,
             out=f"{folder}/out",
+            source=None,
             train=True,
             splits=(),
             probes=False,
@@ -187,4 +290,5 @@ def _flops_per_second(space: Space, trainer: Path, corpus: Path, describer: Desc
             runner.close()
     if not metrics["tokens"]:
         raise UserError(f"{trainer.name}: metrics.jsonl has no `tokens`; write how many a run has seen")
-    return describer.baseline[0]["flops_per_token"] * metrics["tokens"] / outcome["seconds"]
+    seconds = metrics["train_seconds"] or outcome["seconds"]  # the trainer's own clock leaves out its start
+    return describer.baseline[0]["flops_per_token"] * metrics["tokens"] / seconds

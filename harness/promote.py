@@ -11,19 +11,30 @@ from harness.view import StudyView
 SPLIT = "audit"  # a promotion is a claim: it is read where nothing was chosen
 
 
-def expected_rungs(view: StudyView) -> list[int]:
-    """The rung of every training that promotion wants or, on deeper rungs, will want if its candidates gain."""
-    due, climbing = [], 0
+def expected_runs(view: StudyView) -> list[tuple[int, str]]:
+    """(rung, candidate) of every training that promotion wants or, on deeper rungs, will want if candidates gain.
+
+    Who will climb is not known: the baseline stands for them. A rung's source is one of its trainings.
+    """
+    due: list[tuple[int, str]] = []
+    climbing = 0
     wanted = promotion_runs(view)
     for rung in range(1, len(view.space.rungs)):
         runs = [(c, s) for c, r, seeds in wanted if r == rung for s in seeds]
-        trials = [view.trials.get(trial_id(c, rung, s)) for c, s in runs]
-        due += [rung for t in trials if t is None or not t.over]
+        source = [view.source] if view.source else []
+        due += [(rung, c) for c, s in runs if not _is_over(view, c, rung, s)]
+        due += [(rung, c) for c in source if runs and not _is_over(view, c, rung, seed_of(rung, 0))]
         if not runs and climbing and not view.space.rungs[rung].review:
-            due += [rung] * view.space.rungs[rung].seeds * (climbing + 1)
+            some = [view.baseline] * view.space.rungs[rung].seeds * (climbing + 1)
+            due += [(rung, c) for c in some + source]
         entering = len({c for c, _ in runs} - {view.baseline}) or climbing
         climbing = min(view.space.rungs[rung].promote, entering)
     return due
+
+
+def _is_over(view: StudyView, candidate: str, rung: int, seed: int) -> bool:
+    trial = view.trials.get(trial_id(candidate, rung, seed))
+    return trial is not None and trial.over
 
 
 def entrants(view: StudyView, rung: int) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from harness.errors import UserError
 from harness.ledger import Event
-from harness.records import BASELINE_ARM, PLACEBO_ARM, Candidate, Status
+from harness.records import BASELINE_ARM, LISTED_ARM, PLACEBO_ARM, SOURCE_ARM, Candidate, Status
 from harness.space import Settings, Space, canonical
 from harness.view import StudyView
 
@@ -23,7 +23,10 @@ ARMS = ("random", "optuna", "agent", PLACEBO_ARM)
 
 @dataclass(frozen=True)
 class Proposal:
-    """What a proposer hands in. `overrides` are absolute values laid over the study's baseline."""
+    """What a proposer hands in. `overrides` are absolute values laid over the study's baseline.
+
+    A `free` one may set what no parameter of the space names: it comes from the user, or is the incumbent.
+    """
 
     arm: str
     overrides: Settings
@@ -33,6 +36,8 @@ class Proposal:
     expected_effect: float | None = None  # gain in bits per byte, positive is better
     expected_slope: str | None = None
     placebo: bool = False
+    free: bool = False
+    name: str = ""
     call: str | None = None  # the agent call it came from
 
 
@@ -63,8 +68,15 @@ class PlaceboProposer(Proposer):
 
     def ask(self, view: StudyView, index: int) -> Proposal | None:
         settings = view.candidates[view.incumbent].settings
-        overrides = {key: settings[key] for key in view.space.params}
-        return Proposal(self.arm, overrides, parent=view.incumbent, placebo=True, family="placebo")
+        return Proposal(self.arm, settings, parent=view.incumbent, placebo=True, free=True, family="placebo")
+
+
+def next_listed(view: StudyView) -> Proposal | None:
+    """The first design of the search-space file that was not handed in yet."""
+    number = view.asked[LISTED_ARM]
+    for listed in view.space.candidates[number : number + 1]:
+        return Proposal(LISTED_ARM, listed.settings, hypothesis=listed.why, free=True, name=listed.name)
+    return None
 
 
 class OptunaProposer(Proposer):
@@ -124,7 +136,9 @@ class OptunaProposer(Proposer):
         return Proposal(self.arm, overrides, hypothesis=hypothesis, family="sampler")
 
     def tell(self, view: StudyView, candidate: Candidate) -> None:
-        if candidate.placebo or candidate.id in self._told:
+        if candidate.placebo or candidate.arm == SOURCE_ARM or candidate.id in self._told:
+            return
+        if not self._space.holds(candidate.settings):
             return
         values = view.scores(candidate.id, 0, "val")
         failed = candidate.arm != BASELINE_ARM and bool(view.failures(candidate.id, 0))

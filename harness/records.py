@@ -11,6 +11,8 @@ from harness.space import Settings
 
 BASELINE_ARM = "baseline"
 PLACEBO_ARM = "placebo"
+LISTED_ARM = "listed"  # designs that the search-space file names
+SOURCE_ARM = "source"  # the run that all others go on from
 MAX_LOSSES = 3  # a trial whose worker died under it this often is not tried again
 
 
@@ -40,6 +42,7 @@ class Status(StrEnum):
     KEPT = "kept"
     DISCARDED = "discarded"
     NO_EFFECT = "no-effect"
+    SOURCE = "source"  # trained for the others to go on from, never decided on
 
 
 @dataclass
@@ -50,7 +53,7 @@ class Trial:
     candidate: str
     rung: int
     seed: int
-    purpose: str  # control | look | audit | promotion
+    purpose: str  # source | control | look | audit | promotion
     state: TrialState = TrialState.RUNNING
     failure: FailureKind | None = None
     detail: str = ""
@@ -87,6 +90,11 @@ class Candidate:
     @property
     def last(self) -> Event | None:
         return self.verdicts[-1] if self.verdicts else None
+
+    @property
+    def name(self) -> str:
+        """What a listed design is called; empty for what the night thought of."""
+        return self.proposed.get("name", "")
 
 
 def trial_id(candidate: str, rung: int, seed: int) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from harness.promote import SPLIT as PROMOTION_SPLIT
 from harness.promote import promotion_runs
-from harness.records import Candidate, Status, TrialState, trial_id
+from harness.records import Candidate, Status, TrialState, seed_of, trial_id
 from harness.stats import audit_control_seeds, control_seeds, control_size, needed_seeds
 from harness.view import StudyView
 
@@ -19,7 +19,7 @@ class Work:
     candidate: str
     rung: int
     seed: int
-    purpose: str  # control | look | audit | promotion
+    purpose: str  # source | control | look | audit | promotion
     splits: tuple[str, ...]
     train: bool = True
 
@@ -31,8 +31,21 @@ class Work:
 def pending(view: StudyView, promoting: bool) -> Iterator[Work]:
     """Everything that could start now, in order of urgency; running trials are not in it.
 
-    Control first, then audits, then the deepest looks. Promotions run once exploring is over.
+    Control first, then audits, then the deepest looks. Promotions run once exploring is over. Where the study
+    trains a source, all other work of a rung waits for the rung's one.
     """
+    waiting: set[int] = set()
+    for work in _wanted(view, promoting):
+        source = view.trials.get(view.source_trial(work.rung))
+        if view.source is None or (source and source.state == TrialState.COMPLETE):
+            yield work
+        elif work.rung not in waiting:
+            waiting.add(work.rung)
+            seeds = [seed_of(work.rung, 0)]
+            yield from _missing(view, view.source, work.rung, seeds, "source", ("val", "audit"))
+
+
+def _wanted(view: StudyView, promoting: bool) -> Iterator[Work]:
     yield from _control(view)
     candidates = sorted(view.open.values(), key=_urgency)
     for candidate in candidates:
@@ -84,6 +97,6 @@ def _missing(
 def is_done_with(view: StudyView, trial: str) -> bool:
     """Whether nothing will be judged again from the trial's weights."""
     known = view.trials.get(trial)
-    if known is None or not known.over:
+    if known is None or not known.over or known.candidate == view.source:
         return False
     return known.rung > 0 or not (known.candidate == view.incumbent or known.candidate in view.open)

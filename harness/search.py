@@ -8,16 +8,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from harness.admission import Admission
 from harness.asking import Asking
 from harness.dispatch import Finished
-from harness.errors import ClusterLost, EndedEarly, UserError
+from harness.errors import ClusterLost, EndedEarly, UserError, WorkFailed
 from harness.judge.corpus import corpus_folder
 from harness.ledger import Ledger
-from harness.promote import conclude, expected_rungs
+from harness.promote import conclude, expected_runs
 from harness.propose import Proposer
 from harness.purse import Purse
+from harness.records import Trial
 from harness.schedule import Work, is_done_with, pending
 from harness.space import Budget, Space
 from harness.stats import decide
@@ -55,7 +57,7 @@ class Search:
         self._flying: dict[str, tuple[Work, TrialSpec, float]] = {}  # trial -> what, and since when
         self._judge_attempts: dict[str, int] = {}
         self._stop: tuple[str, str] | None = None
-        self._corpus = corpus_folder(space.metric.corpus).resolve()
+        self._corpus = corpus_folder(space.metric.corpus, space.metric.vocab_size).resolve()
 
     # ---- called by the dispatcher ----
 
@@ -74,8 +76,9 @@ class Search:
                 if refusal is None:
                     return self._launch(work)
                 self.stop(*refusal)
-            if work is None and not self._flying and (reason := self.asking.nothing_left()):
-                self.stop(*reason)
+            idle = work is None and not self._flying
+            if idle and (reason := self.asking.nothing_left()) and not self._pending():
+                self.stop(*reason)  # and no promotion had waited for the last proposal
         if self._stop is not None and not self._flying:
             raise Finished
         return None
@@ -160,15 +163,21 @@ class Search:
     def _conclusion(self) -> dict | None:
         failures = self.view.failures(self.view.baseline, 0)
         if len(failures) > max(1, len(self.view.scores(self.view.baseline, 0, "val"))):
-            failure = failures[0]
-            raise UserError(
-                f"the baseline fails at depth {self.space.rungs[0].depth}: {failure.failure}: {failure.detail} "
-                f"(log: {self.paths.trial(failure.id) / 'log.txt'}); mend [baseline] and search with --study NEW"
-            )
+            raise UserError(self._mishap(failures[0], "baseline"))
+        for rung in range(len(self.slots) if self.view.source else 0):
+            if failures := self.view.failures(self.view.source, rung):
+                raise WorkFailed(self._mishap(failures[0], "source"))
         for candidate in sorted(self.view.open.values(), key=lambda c: c.order):
             if verdict := decide(self.view, candidate):
                 return verdict
         return next(iter(conclude(self.view)), None)
+
+    def _mishap(self, trial: Trial, what: str) -> str:
+        """Why there is nothing to go on from, in one line."""
+        return (
+            f"the {what} fails at depth {self.space.rungs[trial.rung].depth}: {trial.failure}: {trial.detail} "
+            f"(log: {self.paths.trial(trial.id) / 'log.txt'}); mend [{what}] and search with --study NEW"
+        )
 
     def _announce(self, event: dict) -> None:
         """Log line, git note, and word to the proposers once a candidate is decided."""
@@ -200,15 +209,14 @@ class Search:
     # ---- what to run ----
 
     def _pending(self) -> list[Work]:
-        promoting = self._promoting()
-        work = list(pending(self.view, promoting))
-        if promoting:  # what is left of the night belongs to promotion; undecided candidates stay undecided
-            work.sort(key=lambda w: w.purpose != "promotion")
+        work = list(pending(self.view, self._promoting()))
+        if self.purse.must_promote(self.slots):  # what is left of the night is promotion's
+            work.sort(key=lambda w: w.rung == 0)  # undecided candidates stay undecided
         return work
 
     def _promoting(self) -> bool:
         if self.asking.nothing_left():
-            return bool(expected_rungs(self.view))
+            return bool(expected_runs(self.view))
         return self.purse.must_promote(self.slots)
 
     def _may_explore(self) -> bool:
@@ -237,6 +245,7 @@ class Search:
             trainer=str(checkout / self.candidates.trainer),
             patched=False,
             out=str(self.paths.trial(work.trial).resolve()),
+            source=self._source(work),
             train=work.train,
             splits=work.splits,
             probes=work.purpose == "audit",
@@ -250,21 +259,22 @@ class Search:
             gpus=rung.gpus,
         )
         if work.train:
-            started = {
-                "event": "started",
-                "trial": work.trial,
-                "candidate": work.candidate,
-                "rung": work.rung,
-            }
-            started |= {
-                "seed": work.seed,
-                "depth": rung.depth,
-                "tokens": rung.tokens,
-                "purpose": work.purpose,
-            }
+            started = {"event": "started", "trial": work.trial, "candidate": work.candidate}
+            started |= {"rung": work.rung, "seed": work.seed, "depth": rung.depth, "tokens": rung.tokens}
+            started |= {"purpose": work.purpose}
             self._write(started)
         self._flying[work.trial] = (work, spec, time.monotonic())
         return spec
+
+    def _source(self, work: Work) -> str | None:
+        """The checkpoint that the trial goes on from. Raises UserError where it is gone."""
+        path, trial = self.space.source.checkpoint, self.view.source_trial(work.rung)
+        if trial == work.trial or not (path or trial):
+            return None
+        checkpoint = Path(path) if path else self.paths.trial(trial) / "checkpoint.pt"
+        if not checkpoint.exists():
+            raise UserError(f"{checkpoint}: what every run goes on from is gone; put it back, then --resume")
+        return str(checkpoint.resolve())
 
     def _log_result(self, spec: TrialSpec, outcome: dict) -> None:
         trial = self.view.trials[spec.trial]

@@ -15,13 +15,14 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from harness.errors import UserError
 from harness.expression import evaluate
-from harness.param import STRICT, Param, Setting, Value
+from harness.param import NAME, STRICT, Listed, Param, Setting, Source, Value, check_listed, check_params
 
 Settings = dict[str, Setting]
 
 # Facts of one training run, owned by the rung and the machine: never a question of the search.
-RUN_FIELDS = frozenset({"seed", "depth", "tokens", "device", "corpus", "log_every"})
-NAME = r"[a-z0-9][a-z0-9_-]{0,63}"  # of spaces and studies: a folder's name as well
+RUN_FIELDS = frozenset(
+    {"seed", "depth", "tokens", "device", "corpus", "log_every", "micro_tokens", "save_every", "compile"}
+)
 
 
 class Strict(BaseModel):
@@ -33,8 +34,9 @@ class Metric(Strict):
 
     name: Literal["val_bpb"] = "val_bpb"
     corpus: str = "embedded"  # name of a prepared corpus
-    context: int = Field(256, ge=16)  # bytes a row of the judge shows the model
-    eval_bytes: int = Field(131_072, ge=4096)  # bytes scored per split
+    vocab_size: int = Field(256, ge=256, le=65_535)  # 256: bytes; above: the BPE of `harness prepare --vocab`
+    context: int = Field(256, ge=16)  # tokens a row of the judge shows the model
+    eval_bytes: int = Field(131_072, ge=4096)  # bytes of text scored per split
 
 
 class Constraint(Strict):
@@ -45,7 +47,9 @@ class Constraint(Strict):
 class Match(Strict):
     """What stays equal to the baseline, within a relative tolerance."""
 
-    hold: list[Literal["params_total", "params_active", "params_unique_experts", "flops_per_token"]] = []
+    hold: list[
+        Literal["params_total", "params_active", "params_unique_experts", "flops_per_token", "tokens"]
+    ] = []
     tolerance: float = Field(0.02, ge=0, lt=1)
 
 
@@ -66,6 +70,7 @@ class Rung(Strict):
 class Decision(Strict):
     """Error rates of the keep rule (the `stream` preset: bounds from a Bayes-optimal stopping rule)."""
 
+    against: Literal["incumbent", "baseline"] = "incumbent"  # what every candidate is measured against
     looks: list[int] = [1, 2, 4, 8]
     drop: list[float] = [0.3, 0.8, 1.3, 1.7]
     keep: list[float] = [2.6, 2.2, 1.9, 1.7]
@@ -124,7 +129,9 @@ class Space(Strict):
     trainer: str = "train_small.py"
     metric: Metric = Metric()
     baseline: dict[str, Value]
-    params: dict[str, Param] = Field(min_length=1)
+    params: dict[str, Param] = {}
+    candidates: list[Listed] = []
+    source: Source = Source()
     constraints: list[Constraint] = []
     match: Match = Match()
     rungs: list[Rung] = Field(min_length=1)
@@ -143,27 +150,18 @@ class Space(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Space:
-        for key in RUN_FIELDS & (self.baseline.keys() | self.params.keys()):
+        settings = [
+            self.baseline,
+            self.params,
+            self.source.settings or {},
+            *(c.settings for c in self.candidates),
+        ]
+        for key in RUN_FIELDS & set().union(*settings):
             raise ValueError(f"{key!r} belongs to the rung or the machine and cannot be searched: remove it")
-        for key, param in self.params.items():
-            if key not in self.baseline:
-                raise ValueError(f"params.{key} has no baseline value: add `{key} = ...` under [baseline]")
-            if not param.holds(self.baseline[key]):
-                raise ValueError(
-                    f"baseline.{key} = {self.baseline[key]!r} lies outside params.{key} ({param.describe()})"
-                )
-            for other, wanted in param.when.items():
-                if other not in self.baseline:
-                    raise ValueError(f"params.{key}.when names {other!r}, which has no baseline value")
-                if other not in self.params:
-                    raise ValueError(f"params.{key}.when names {other!r}, which is not under [params]")
-                if list(self.params).index(other) >= list(self.params).index(key):
-                    raise ValueError(f"params.{key}.when needs params.{other} above it: move it up")
-                for value in wanted:
-                    if not self.params[other].holds(value):
-                        raise ValueError(
-                            f"params.{key}.when.{other} = {value!r}: params.{other} is {self.params[other].describe()}"
-                        )
+        if not self.params and not self.candidates:
+            raise ValueError("params: missing; add it, or [[candidates]]")
+        check_params(self.params, self.baseline)
+        check_listed(self.candidates, self.params)
         return self
 
     def active(self, key: str, settings: Settings) -> bool:
@@ -194,8 +192,17 @@ class Space(Strict):
                 settings[key] = int(settings[key])
         return settings
 
+    def holds(self, settings: Settings) -> bool:
+        """Whether the settings are a point of [params], and not a design that lies beside it."""
+        return settings == self.complete({key: settings[key] for key in self.params})
+
     def broken(self, resolved: dict[str, Any], facts: dict[str, Any], base: dict[str, Any]) -> str | None:
         """The first constraint or matched budget that a resolved configuration breaks, in words."""
+        if (size := resolved.get("vocab_size", self.metric.vocab_size)) != self.metric.vocab_size:
+            return (
+                f"vocab_size = {size} is not the corpus's {self.metric.vocab_size}: set vocab and vocab_size "
+                "under [baseline] to fit vocab_size under [metric]"
+            )
         for c in self.constraints:
             if not evaluate(c.expr, {**resolved, **facts, "n_layer": resolved["depth"]}):
                 return f"constraint `{c.expr}` does not hold" + (f" ({c.why})" if c.why else "")
@@ -210,6 +217,12 @@ class Space(Strict):
 
     def sha256(self) -> str:
         return hashlib.sha256(canonical(self.model_dump(mode="json")).encode()).hexdigest()
+
+
+def settings_diff(old: Settings, new: Settings) -> dict[str, list[Setting | None]]:
+    """key -> [old, new] wherever two settings differ; None where one leaves a key to the trainer."""
+    keys = dict.fromkeys([*new, *old])
+    return {k: [old.get(k), new.get(k)] for k in keys if old.get(k) != new.get(k)}
 
 
 def canonical(value: Any) -> str:

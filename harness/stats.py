@@ -191,7 +191,7 @@ def decide(view: StudyView, candidate: Candidate) -> dict | None:
         return event | {"verdict": "no-effect", "reason": "same curve as the incumbent on the same seed"}
     outcome = look(d.z, index, noise.df, rule)
     if outcome == "drop":
-        return event | {"verdict": "discard", "reason": "not better than the incumbent"}
+        return event | {"verdict": "discard", "reason": f"not better than the {rule.against}"}
     if outcome == "provisional":
         return event | {"verdict": "retest", "provisional": True, "reason": "to the audit"}
     return event | {"verdict": "retest", "reason": "undecided: more seeds"}

@@ -118,21 +118,20 @@ def freeze(paths: StudyPaths, space_file: Path) -> None:
     write_atomic(paths.folder / "study.toml", space_file.read_text(encoding="utf-8"))
 
 
-def ensure_corpus(source: str) -> Path:
-    """Folder of the prepared corpus; the embedded one is prepared on first use. Raises UserError."""
-    from harness.judge.corpus import corpus_folder, load_manifest, prepare
+def ensure_corpus(source: str, vocab_size: int = 256) -> Path:
+    """Folder of the prepared corpus; the embedded one, in bytes, is prepared on first use. Raises UserError."""
+    from harness.judge.corpus import BYTE_VOCAB, corpus_folder, load_manifest, prepare, prepare_command
 
-    folder = corpus_folder(source)
+    folder = corpus_folder(source, vocab_size)
+    name = f"metric.corpus = {source!r}, vocab_size = {vocab_size}"
     try:
         load_manifest(folder)
     except FileNotFoundError:
-        if source != "embedded":
-            raise UserError(
-                f"metric.corpus = {source!r}: not prepared; run `harness prepare --source {source}`"
-            ) from None
+        if (source, vocab_size) != ("embedded", BYTE_VOCAB):
+            raise UserError(f"{name}: not prepared; run `{prepare_command(source, vocab_size)}`") from None
         prepare(source, folder)
     except ValueError as error:
-        raise UserError(f"metric.corpus = {source!r}: {error}") from None
+        raise UserError(f"{name}: {error}") from None
     return folder
 
 
@@ -141,9 +140,10 @@ def opened_event(
 ) -> dict:
     from harness.judge.corpus import corpus_folder, load_manifest
 
-    manifest = load_manifest(corpus_folder(space.metric.corpus))
+    manifest = load_manifest(corpus_folder(space.metric.corpus, space.metric.vocab_size))
     corpus = {
         "name": space.metric.corpus,
+        "vocab_size": manifest.vocab_size,
         "sha256": manifest.sha256,
         "num_documents": manifest.num_documents,
         "num_bytes": sum(

@@ -46,6 +46,7 @@ class TrialSpec:
     trainer: str  # path of the trainer file in its checkout
     patched: bool  # a proposer's code: runs in a fresh interpreter
     out: str  # the trial's folder
+    source: str | None  # the checkpoint that it goes on from
     train: bool  # false: judge the checkpoint that is there
     splits: tuple[str, ...]
     probes: bool  # the judge also looks for cheats: what may be kept is probed
@@ -140,6 +141,7 @@ class TrialRunner:
         write_atomic(config, json.dumps(spec.config, indent=1, sort_keys=True))
         with (out / "log.txt").open("wb") as log:
             argv = ["--config", str(config), "--out", str(out)]
+            argv += ["--from", spec.source] if spec.source else []
             limit = None if spec.gpus else spec.memory_mib
             started = time.monotonic()
             child = self._spawn(

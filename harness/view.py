@@ -8,7 +8,17 @@ from datetime import datetime
 from typing import Any
 
 from harness.ledger import Event
-from harness.records import BASELINE_ARM, Candidate, FailureKind, Status, Trial, TrialState
+from harness.records import (
+    BASELINE_ARM,
+    SOURCE_ARM,
+    Candidate,
+    FailureKind,
+    Status,
+    Trial,
+    TrialState,
+    seed_of,
+    trial_id,
+)
 from harness.space import Rung, Space
 
 
@@ -21,6 +31,7 @@ class StudyView:
         self.candidates: dict[str, Candidate] = {}
         self.trials: dict[str, Trial] = {}
         self.incumbents: list[str] = []  # the baseline, then each keep
+        self.source: str | None = None  # the candidate whose run the others of a rung go on from
         self.rejected: list[Event] = []
         self.promoted: list[Event] = []
         self.reviews: dict[str, Event] = {}  # the last review of each candidate
@@ -77,6 +88,9 @@ class StudyView:
             candidate.status = Status.KEPT
             self.incumbents.append(candidate.id)
             return
+        if candidate.arm == SOURCE_ARM:
+            candidate.status, self.source = Status.SOURCE, candidate.id
+            return
         self.open[candidate.id] = candidate
         if candidate.placebo:
             self._placebos[candidate.against].append(candidate.id)
@@ -106,7 +120,8 @@ class StudyView:
         trial.failure = FailureKind(e["failure"]) if trial.state == TrialState.FAIL else None
         if e["seconds"] is not None:
             self._spend(trial, e["seconds"])
-            if trial.state == TrialState.COMPLETE:
+            usual = trial.candidate != self.source  # which may train longer
+            if usual and trial.state == TrialState.COMPLETE:
                 self.seconds_at[trial.rung].append(e["seconds"])
         trial.losses += trial.failure == FailureKind.LOST
         trial.detail = e.get("detail", "")
@@ -128,7 +143,8 @@ class StudyView:
             candidate.status = Status.KEPT
             if not candidate.placebo:
                 self.incumbents.append(candidate.id)
-                self.decisions_since_keep = 0
+                if self.incumbent == candidate.id:
+                    self.decisions_since_keep = 0
         else:
             candidate.status = Status.NO_EFFECT if e["verdict"] == "no-effect" else Status.DISCARDED
 
@@ -151,8 +167,28 @@ class StudyView:
         return self.incumbents[0]
 
     @property
+    def standards(self) -> list[str]:
+        """What candidates were measured against, one after the other."""
+        return self.incumbents if self.space.decision.against == "incumbent" else self.incumbents[:1]
+
+    @property
     def incumbent(self) -> str:
-        return self.incumbents[-1]
+        """What candidates are measured against now."""
+        return self.standards[-1]
+
+    def source_trial(self, rung: int) -> str | None:
+        """The study's own run that every other trial of the rung goes on from."""
+        return self.source and trial_id(self.source, rung, seed_of(rung, 0))
+
+    def tokens(self, candidate: str, rung: int) -> int:
+        """Tokens that one training of the candidate takes there: its horizon's share of the rung's budget."""
+        facts = self.candidates[candidate].proposed["facts_by_rung"][rung]
+        return facts.get("tokens", self.space.rungs[rung].tokens)
+
+    def flops(self, candidate: str, rung: int) -> float:
+        """FLOPs of one training of the candidate there."""
+        facts = self.candidates[candidate].proposed["facts_by_rung"][rung]
+        return facts["flops_per_token"] * self.tokens(candidate, rung)
 
     def rung(self, index: int) -> Rung:
         return self.space.rungs[index]

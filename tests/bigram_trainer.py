@@ -19,6 +19,7 @@ DEFAULTS = {
     "seed": 0,
     "depth": 1,
     "tokens": 20_000,
+    "horizon": 1.0,
     "device": "cpu",
     "corpus": "",
     "sharpness": 0.7,  # 1 is the maximum-likelihood table
@@ -35,7 +36,7 @@ def resolve(argv: list[str]) -> tuple[dict, dict]:
     items = list(argv)
     while items:
         item = items.pop(0)
-        if item in ("--config", "--out", "--logits"):
+        if item in ("--config", "--out", "--logits", "--from"):
             flags[item] = items.pop(0)
         elif item == "--describe":
             flags[item] = True
@@ -65,19 +66,25 @@ def describe(config: dict) -> dict:
     }
 
 
-def table(config: dict) -> np.ndarray:
+def count(config: dict) -> np.ndarray:
+    """How often each byte follows each, in a sample of the text that is the seed's own."""
     text = np.fromfile(Path(config["corpus"]) / "train.bin", dtype=np.uint8)
     rng = np.random.default_rng(config["seed"])
-    counts = np.full((257, 257), config["smoothing"])
-    span = 1000
-    for start in rng.integers(0, len(text) - span, size=max(1, config["tokens"] * config["depth"] // span)):
+    counts = np.zeros((257, 257))
+    span, tokens = 1000, int(config["tokens"] * config["horizon"])
+    for start in rng.integers(0, len(text) - span, size=max(1, tokens * config["depth"] // span)):
         piece = text[start : start + span].astype(np.int64)
         np.add.at(counts, (piece[:-1], piece[1:]), 1)
         counts[256, piece] += 1
+    return counts
+
+
+def table(config: dict, counts: np.ndarray) -> np.ndarray:
+    counts = counts + config["smoothing"]
     return (config["sharpness"] * np.log(counts / counts.sum(1, keepdims=True))).astype(np.float32)
 
 
-def train(config: dict, out: Path) -> int:
+def train(config: dict, out: Path, source: Path | None) -> int:
     behave = config["behave"]
     if behave == "crash":
         raise ZeroDivisionError("planted")
@@ -98,10 +105,14 @@ def train(config: dict, out: Path) -> int:
         return 3
     if behave == "collapse":
         return 4
-    logits = table(config)
+    counts = count(config)
+    if source:
+        print(f"going on from {source}")
+        counts += np.load(source)["counts"]
+    logits = table(config, counts)
     line = {
         "step": 1,
-        "tokens": config["tokens"],
+        "tokens": int(config["tokens"] * config["horizon"]),
         "seconds": 0.01,
         "train_nats": float(-logits.mean()),
         "lr": 1.0,
@@ -110,7 +121,7 @@ def train(config: dict, out: Path) -> int:
     (out / "metrics.jsonl").write_text("{half a rec" if behave == "bad-metrics" else text)
     if behave != "no-checkpoint":
         with (out / "checkpoint.pt").open("wb") as file:
-            np.savez(file, logits=logits, behave=behave)
+            np.savez(file, logits=logits, counts=counts, behave=behave)
     return 0
 
 
@@ -141,7 +152,7 @@ def main(argv: list[str]) -> int:
     if "--describe" in flags:
         print(json.dumps(describe(config)))
         return 0
-    return train(config, Path(flags["--out"]))
+    return train(config, Path(flags["--out"]), Path(flags["--from"]) if "--from" in flags else None)
 
 
 if __name__ == "__main__":

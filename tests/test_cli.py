@@ -27,7 +27,7 @@ VERBS = {
     "audit": [],
     "doctor": ["--json"],
     "plan": ["--json"],
-    "prepare": ["--json", "--source"],
+    "prepare": ["--json", "--source", "--vocab"],
     "reject": ["--why"],
     "report": ["--against"],
     "search": [

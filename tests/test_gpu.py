@@ -52,7 +52,13 @@ def test_a_step_never_waits_for_the_device(changes, corpus):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_run_learns(compiled, corpus, tmp_path):
-    settings = {"device": "cuda", "tokens": 100_000, "batch_tokens": 512, "log_every": 20, "compile": compiled}
+    settings = {
+        "device": "cuda",
+        "tokens": 100_000,
+        "batch_tokens": 512,
+        "log_every": 20,
+        "compile": compiled,
+    }
     assert run(corpus, tmp_path, **settings) == 0
     lines = metrics(tmp_path)
     assert lines[-1]["train_nats"] < lines[0]["train_nats"] - 1

@@ -4,6 +4,7 @@ pytest tests/test_judge.py
 """
 
 import contextlib
+import hashlib
 import importlib.util
 import json
 import math
@@ -89,6 +90,9 @@ def test_embedded_corpus_holds_out_whole_messages(tmp_path: Path) -> None:
         assert num_bytes >= 300_000
         assert abs(num_bytes / total - share) < 0.03
     assert corpus.load_train(tmp_path).bos == 256
+    assert (corpus.load_train(tmp_path).token_num_bytes == np.ones(256)).all()
+    manifest_sha256 = hashlib.sha256((tmp_path / "manifest.json").read_bytes()).hexdigest()
+    assert manifest_sha256 == "256e907b9c956276f5109b21f58d0ccda4262528883d689881a5fca6b390d310"
 
 
 def test_preparing_again_gives_identical_files_whatever_the_names(prose: list[bytes], tmp_path: Path) -> None:
@@ -258,7 +262,7 @@ def test_candidates_need_no_judge_folder(own_copy: Path) -> None:
 )
 def test_damage_is_noticed_and_the_remedy_named(own_copy: Path, damage: Callable, load: Callable) -> None:
     damage(own_copy)
-    with pytest.raises((ValueError, FileNotFoundError), match="run `harness prepare`"):
+    with pytest.raises((ValueError, FileNotFoundError), match="run `harness prepare"):
         load(own_copy)
 
 
@@ -286,7 +290,8 @@ def test_corpus_and_score_import_nothing_heavy() -> None:
 
 def corpus_of(texts: list[bytes]) -> corpus.Corpus:
     tokens = np.frombuffer(b"".join(texts), dtype=np.uint8)
-    return corpus.Corpus(tokens, np.cumsum([0, *map(len, texts)]), 256, 256)
+    ones_V = np.ones(256, dtype=np.int64)
+    return corpus.Corpus(tokens, np.cumsum([0, *map(len, texts)]), 256, 256, ones_V)
 
 
 @settings(max_examples=50, deadline=None)
@@ -334,20 +339,20 @@ def test_self_test_passes_here() -> None:
     score.self_test()
 
 
-def without_bos(logits: np.ndarray, targets: np.ndarray) -> float:
-    return REAL_NATS(np.where(np.arange(logits.shape[2]) == 256, -1e9, logits), targets)
+def without_bos(logits: np.ndarray, targets: np.ndarray, vocab_size: int) -> float:
+    return REAL_NATS(np.where(np.arange(logits.shape[2]) == vocab_size, -1e9, logits), targets, vocab_size)
 
 
-def in_float32(logits: np.ndarray, targets: np.ndarray) -> float:
-    return float(np.float32(REAL_NATS(logits, targets)))
+def in_float32(logits: np.ndarray, targets: np.ndarray, vocab_size: int) -> float:
+    return float(np.float32(REAL_NATS(logits, targets, vocab_size)))
 
 
-def all_the_head(logits: np.ndarray, targets: np.ndarray) -> float:
-    return REAL_NATS(logits, targets) + np.log(logits.shape[2] / 257)
+def all_the_head(logits: np.ndarray, targets: np.ndarray, vocab_size: int) -> float:
+    return REAL_NATS(logits, targets, vocab_size) + np.log(logits.shape[2] / 257)
 
 
-def padding_counts(logits: np.ndarray, targets: np.ndarray) -> float:
-    return REAL_NATS(logits, np.where(targets == PADDING, 0, targets))
+def padding_counts(logits: np.ndarray, targets: np.ndarray, vocab_size: int) -> float:
+    return REAL_NATS(logits, np.where(targets == PADDING, 0, targets), vocab_size)
 
 
 REAL_NATS = score.nats
@@ -404,7 +409,8 @@ def test_judge_id_names_data_code_context_and_size(prepared: Path, text_folder: 
 
 
 def test_an_evaluation_too_small_for_one_row_is_refused(prepared: Path) -> None:
-    with pytest.raises(ValueError, match="eval_bytes=10 with context=64"):
+    assert score.Judge(prepared, CONTEXT, CONTEXT).score(counting_model, "val").num_bytes == CONTEXT
+    with pytest.raises(ValueError, match="eval_bytes=10 with context=64: a row may hold 64 bytes"):
         score.Judge(prepared, CONTEXT, 10)
 
 
@@ -523,6 +529,17 @@ def serves(model: Model) -> Callable[[socket.socket], None]:
     return candidate
 
 
+def another_head_each_time() -> Model:
+    """Honest, though its padded head grows and shrinks, and holds what is not a number."""
+    calls = iter(range(10**6))
+
+    def model(tokens_BT: np.ndarray) -> np.ndarray:
+        spare_BTV = np.full((*tokens_BT.shape, next(calls) % 3), np.nan)
+        return np.concatenate([counting_model(tokens_BT), spare_BTV], axis=2)
+
+    return model
+
+
 def announces(*shape: int) -> Callable[[socket.socket], None]:
     def candidate(channel: socket.socket) -> None:
         read_request(channel)
@@ -614,6 +631,11 @@ def test_the_process_survives_a_bad_candidate(
     assert (reply["ok"], reply["kind"]) == (False, kind)
     assert "bpb" not in reply and reply["detail"]
     assert ask(judge_process, serves(counting_model))["ok"]
+
+
+def test_what_lies_beyond_the_vocabulary_is_nothing_to_the_judge(judge_process: JudgeProcess) -> None:
+    reply = ask(judge_process, serves(another_head_each_time()), probes=True)
+    assert reply["bpb"] == ask(judge_process, serves(counting_model))["bpb"]
 
 
 def test_threads_take_turns(judge_process: JudgeProcess) -> None:

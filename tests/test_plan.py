@@ -55,7 +55,8 @@ def test_a_plan_counts_what_each_rung_takes(planned: Planner, workshop: Path) ->
     assert [r.params_total for r in plan.rungs] == [PAIRS**2, 2 * PAIRS**2]
     assert [r.flops_per_training for r in plan.rungs] == [PAIRS * 20_000, 2 * PAIRS * 20_000]
     first, second = (r.seconds_per_training for r in plan.rungs)
-    assert second == pytest.approx(2 * first) and first > 0
+    assert second == pytest.approx(2 * first)
+    assert first == pytest.approx(0.01 * 20_000 / CALIBRATION_TOKENS), "by the trainer's own clock"
     assert plan.allowed_share == 1
     assert plan.slots == os.cpu_count()
     assert plan.trainings_in_time == min(60, int(3600 * plan.slots / first))
@@ -76,6 +77,48 @@ def test_a_gpu_rung_is_not_timed_on_a_cpu(planned: Planner) -> None:
     assert [r.seconds_per_training for r in plan.rungs] == [None, None]
     assert plan.trainings_in_time is plan.decisions_in_time is None
     assert "about – a training" in plan.text() and "in that time" not in plan.text()
+
+
+DESIGNS = """
+[source]
+settings = { horizon = 2.5 }
+
+[[candidates]]
+name = "sharp"
+settings = { sharpness = 1.0, horizon = 0.5 }
+
+[[candidates]]
+name = "twin"
+settings = { sharpness = 0.7 }
+
+[[candidates]]
+name = "odd"
+settings = { nonsense = 1 }
+
+[budget]"""
+
+
+def test_listed_designs_and_the_source_are_priced_by_what_they_train_on(planned: Planner) -> None:
+    plan = planned(("[budget]", DESIGNS))
+    rung = plan.rungs[0]
+    assert [s.tokens for s in plan.sources] == [50_000, 50_000]
+    assert [s.flops for s in plan.sources] == [PAIRS * 50_000, 2 * PAIRS * 50_000]
+    assert plan.sources[0].seconds == pytest.approx(2.5 * rung.seconds_per_training)
+    assert [(d.name, d.tokens, d.flops) for d in plan.designs] == [("sharp", 10_000, PAIRS * 10_000)]
+    assert set(plan.refused) == {"twin", "odd"} and "the baseline" in plan.refused["twin"]
+    assert plan.listed_trainings == 1 + 8 + 8  # source, control, the last look of the one design
+    slots = plan.slots
+    assert plan.listed_seconds == pytest.approx(rung.seconds_per_training * (2.5 + (8 + 8 * 0.5) / slots))
+    assert json.loads(json.dumps(plan.as_dict(), allow_nan=False))["designs"][0]["name"] == "sharp"
+    for word in ("listed designs: 1, 17 trainings", "sharp: ", "twin: refused: ", "nonsense"):
+        assert word in plan.text()
+
+
+def test_without_parameters_no_random_candidate_is_drawn(planned: Planner) -> None:
+    text = BIGRAM_SPACE[BIGRAM_SPACE.index("[params.sharpness]") : BIGRAM_SPACE.index("[[rungs]]")]
+    plan = planned((text, ""), ("[budget]", DESIGNS))
+    assert plan.allowed_share is None and "random candidates" not in plan.text()
+    assert plan.decisions_in_time == 1
 
 
 def test_the_share_that_the_rules_allow_is_counted(planned: Planner) -> None:

@@ -25,10 +25,11 @@ from harness.propose import (
     PlaceboProposer,
     Proposal,
     arms_by_need,
+    next_listed,
     parse_shares,
     replay,
 )
-from harness.records import PLACEBO_ARM
+from harness.records import LISTED_ARM, PLACEBO_ARM, SOURCE_ARM
 from harness.space import Budget, Settings, Space
 from harness.view import StudyView
 
@@ -292,7 +293,42 @@ def test_the_placebo_is_the_incumbent_in_disguise() -> None:
     view = begun().proposed("k", settings=better).verdict("k", "keep").view()
     proposal = PlaceboProposer().ask(view, 0)
     assert isinstance(proposal, Proposal) and proposal.placebo and proposal.parent == "k"
-    assert view.space.complete(proposal.overrides) == better
+    assert proposal.overrides == better and proposal.free
+
+
+def test_listed_designs_are_handed_in_by_their_number() -> None:
+    listed = [
+        {"name": "wide", "settings": {"width": 10}, "why": "more"},
+        {"name": "odd", "settings": {"fixed": 8}},
+    ]
+    story = begun({**SPACE, "candidates": listed})
+    first = next_listed(story.view())
+    assert (first.arm, first.name, first.overrides, first.hypothesis) == (
+        LISTED_ARM,
+        "wide",
+        {"width": 10},
+        "more",
+    )
+    story.tell("rejected", arm=LISTED_ARM, kind="config", detail="")
+    assert next_listed(story.view()).name == "odd"
+    assert next_listed(story.proposed("odd", LISTED_ARM).view()) is None
+
+
+def test_a_sampler_is_told_of_points_of_its_space_alone() -> None:
+    """Neither a design beside the space nor the source says what a point of the space is worth."""
+    story, made = begun(), proposer("optuna")
+    beside = {**SPACE["baseline"], "fixed": 8}
+    inside = {**SPACE["baseline"], "lr": 0.05}
+    for name, arm, chosen in (
+        ("a", LISTED_ARM, beside),
+        ("b", LISTED_ARM, inside),
+        ("c", SOURCE_ARM, inside),
+    ):
+        story.proposed(name, arm, settings=chosen).scored(name, 1, 1.0)
+        if arm == LISTED_ARM:
+            story.verdict(name, "discard")
+    replay(made, story.view())
+    assert sorted((t.params["lr"], t.value) for t in told(made)) == [(0.02, 4.0), (0.05, 1.0)]
 
 
 # ---- shares ----

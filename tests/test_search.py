@@ -183,13 +183,15 @@ def test_a_checkpoint_that_cannot_be_read_again_is_trained_anew(workshop: Path) 
 
 def test_every_rung_is_reached_and_a_later_keep_climbs_too(workshop: Path) -> None:
     third = "\n[[rungs]]\ndepth = 3\ntokens = 20_000\nseeds = 3\ntimeout_seconds = 20\nmemory_mib = 600\n"
+    for name, sharpness in (("good", 0.85), ("better", 1.0)):
+        third += f'[[candidates]]\nname = "{name}"\nsettings = {{ sharpness = {sharpness} }}\n'
     with (workshop / "pairs.toml").open("a") as file:
         file.write(third)
-    view = search(workshop, trials=60)
+    view = search(workshop, trials=33)  # 21 until the first is kept, 12 for it and the baseline to climb
     assert {e["rung"] for e in view.promoted} == {1, 2}
     assert all(e["split"] == "audit" for e in view.promoted)
     before = {e["candidate"] for e in view.promoted}
-    view = search(workshop, trials=110, resume=True)
+    view = search(workshop, trials=80, resume=True)
     later = {e["candidate"] for e in view.promoted} - before
     assert later and later <= set(view.incumbents), "a keep of the second session climbs too"
     assert not list(Path("runs/pairs/trials").glob("*-r1-*/checkpoint.pt")), "nothing reads these again"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 from harness.errors import UserError
 from harness.expression import evaluate
-from harness.space import RUN_FIELDS, Param, Space, load_space, parse_space
+from harness.space import RUN_FIELDS, Param, Space, load_space, parse_space, settings_diff
 
 GOOD = """
 name = "good"
@@ -63,6 +64,8 @@ tokens = 2000
 hours = 1.0
 """
 
+DESIGN = '[[candidates]]\nname = "a"\nsettings = '
+RESERVED = DESIGN.replace('"a"', '"source"')
 # What is replaced in GOOD, by what, and what the one line must hold.
 BROKEN = [
     ('name = "good"', 'name = "good"\nquestions = "?"', ["questions", "'?'", "unknown key", "remove"]),
@@ -136,6 +139,18 @@ BROKEN = [
     ("[budget]", "[decision]\nkeep = [2.6, 2.2, 1.9, 1.8]\n[budget]", ["decision", "1.8", "equal"]),
     ("[budget]", "[decision]\nplacebo_share = 1.0\n[budget]", ["decision.placebo_share", "1.0", "less"]),
     ("[budget]", "[match]\nhold = ['params']\n[budget]", ["match.hold.0", "'params'", "params_total"]),
+    ("[budget]", f"{DESIGN}{{ depth = 1 }}\n[budget]", ["depth", "remove"]),
+    ("[budget]", f"{DESIGN}{{ compile = true }}\n[budget]", ["compile", "remove"]),
+    ("[budget]", f"{DESIGN}{{}}\n[budget]", ["candidates.0.settings", "at least 1"]),
+    ("[budget]", f"{DESIGN}{{ lr = 0.2 }}\n[budget]", ["candidates: a: lr = 0.2", "[0.001, 0.1]", "widen"]),
+    ("[budget]", f"{DESIGN}{{ x = nan }}\n[budget]", ["candidates.0.settings.x", "nan", "finite"]),
+    ("[budget]", f"{DESIGN}{{ x = 1 }}\nsetting = 1\n[budget]", ["candidates.0.setting", "unknown key"]),
+    ("[budget]", f"{DESIGN}{{ x = 1 }}\n" * 2 + "[budget]", ["candidates", "'a' is taken", "another"]),
+    ("[budget]", f"{RESERVED}{{ x = 1 }}\n[budget]", ["candidates", "'source' is taken", "another"]),
+    ("[budget]", "[source]\nsettings = { seed = 1 }\n[budget]", ["seed", "remove"]),
+    ("[budget]", "[source]\nsettings = {}\ncheckpoint = 'x'\n[budget]", ["source", "not both", "remove"]),
+    ("[budget]", "[source]\ncheckpoint = 3\n[budget]", ["source.checkpoint", "3", "string"]),
+    ("[budget]", "[decision]\nagainst = 'best'\n[budget]", ["decision.against", "'best'", "baseline"]),
     ('name = "good"', 'name = "good"\nrungs = []', ["not TOML"]),
     ('name = "good"', "name = good", ["not TOML"]),
     ('name = "good"', '"two\\nlines" = 1\nname = "good"', ["unknown key"]),
@@ -162,18 +177,24 @@ def test_a_broken_file_is_refused_in_one_line(tmp_path: Path, old: str, new: str
         assert word in line, line
 
 
-@pytest.mark.parametrize("missing", ["params", "rungs", "baseline"])
-def test_a_missing_table_is_named(missing: str) -> None:
+@pytest.mark.parametrize(
+    ("missing", "remedy"), [("params", ", or [[candidates]]"), ("rungs", ""), ("baseline", "")]
+)
+def test_a_missing_table_is_named(missing: str, remedy: str) -> None:
     raw = {k: v for k, v in tomllib.loads(GOOD).items() if k != missing}
-    with pytest.raises(UserError, match=rf"^here: {missing}: missing; add it$"):
+    with pytest.raises(UserError) as caught:
         parse_space(raw, "here")
+    assert str(caught.value) == f"here: {missing}: missing; add it{remedy}"
 
 
-@pytest.mark.parametrize("table", ["params", "rungs"])
-def test_an_empty_table_is_refused(table: str) -> None:
+@pytest.mark.parametrize(
+    ("table", "words"), [("params", "missing; add it, or [[candidates]]"), ("rungs", "at least 1")]
+)
+def test_an_empty_table_is_refused(table: str, words: str) -> None:
     raw = tomllib.loads(GOOD)
-    with pytest.raises(UserError, match=rf"^here: {table}: .*at least 1"):
+    with pytest.raises(UserError) as caught:
         parse_space({**raw, table: type(raw[table])()}, "here")
+    assert str(caught.value).startswith(f"here: {table}: ") and words in str(caught.value)
 
 
 def test_what_is_no_readable_file_is_refused(tmp_path: Path) -> None:
@@ -195,11 +216,36 @@ def test_run_fields_are_never_params(good: Space) -> None:
             parse_space(raw, "here")
 
 
+def test_the_trainer_and_the_spaces_agree_on_what_belongs_to_the_run() -> None:
+    from train_small import TrainConfig
+
+    assert {spec.name for spec in fields(TrainConfig) if spec.metadata["run"]} == RUN_FIELDS
+
+
 def test_the_spaces_that_come_with_the_project_are_whole() -> None:
     files = sorted((ROOT / "search_spaces").glob("*.toml"))
     assert files
     for file in files:
         assert load_space(file).name.replace("-", "_") == file.stem.replace("-", "_")
+
+
+def test_a_list_of_designs_can_stand_without_parameters(good: Space) -> None:
+    raw = good.model_dump() | {"params": {}, "candidates": [{"name": "a", "settings": {"anything": 1}}]}
+    space = parse_space(raw, "here")
+    assert space.complete({}) == space.baseline
+    with pytest.raises(UserError, match="lr"):
+        space.complete({"lr": 0.05})
+
+
+def test_a_point_of_the_space_is_told_from_a_design_beside_it(good: Space) -> None:
+    assert good.holds(good.baseline) and good.holds({**good.baseline, "lr": 0.05, "ramp": "random"})
+    assert not good.holds({**good.baseline, "new": 1}), "no parameter names it"
+    assert not good.holds({**good.baseline, "ramp_end": 0.5}), "out of play, and not at its baseline value"
+
+
+def test_settings_differ_where_one_of_them_leaves_a_key_out() -> None:
+    old, new = {"a": 1, "b": 2, "gone": True}, {"a": 1, "b": 3, "new": "x"}
+    assert settings_diff(old, new) == {"b": [2, 3], "new": [None, "x"], "gone": [True, None]}
 
 
 # ---- settings ----

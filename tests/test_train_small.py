@@ -777,3 +777,18 @@ def test_it_trains_in_a_fork_of_a_process_that_loaded_it_by_path_and_never_loads
     assert len(done.stderr.splitlines()) == 2 and done.stdout == ""
     assert run(corpus, tmp_path / "here", tokens=512) == 0
     assert metrics(tmp_path) == metrics(tmp_path / "here")
+
+
+def test_a_model_over_bpe_tokens_and_the_corpus_it_needs(corpus, tmp_path, capsys):
+    source = json.loads((corpus / "manifest.json").read_text())["source"]
+    prepare(source, tmp_path / "bpe", vocab_size=300)
+    sizes = {"vocab": "bpe", "vocab_size": 300, "tokens": 12800}
+    assert run(tmp_path / "bpe", tmp_path / "run", **sizes) == 0
+    lines = metrics(tmp_path / "run")
+    assert lines[0]["train_nats"] == pytest.approx(math.log(301), abs=0.1)
+    assert lines[-1]["train_nats"] < lines[0]["train_nats"] - 0.5
+    assert weights(tmp_path / "run")["embed"].shape == weights(tmp_path / "run")["head"].shape == (301, 32)
+    capsys.readouterr()
+    for folder, words in ((tmp_path / "bpe", {}), (corpus, sizes), (corpus, {"vocab_size": 300})):
+        assert run(folder, tmp_path / "no", **words) == 2
+        assert "vocab_size=" in capsys.readouterr().err and not (tmp_path / "no").exists()

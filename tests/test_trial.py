@@ -42,6 +42,7 @@ def spec(tmp_path: Path) -> TrialSpec:
         trainer=str(BIGRAM),
         patched=False,
         out=str(tmp_path / "abc-r0-s1"),
+        source=None,
         train=True,
         splits=("val",),
         probes=False,

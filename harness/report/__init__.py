@@ -12,7 +12,7 @@ from pathlib import Path
 
 from harness.errors import UserError
 from harness.ledger import Event, write_atomic
-from harness.report import accounts, findings, measures, render
+from harness.report import accounts, comparison, findings, measures, render
 from harness.report.document import Chip, Code, Line, Report
 from harness.report.evidence import recheck
 from harness.view import StudyView
@@ -34,6 +34,7 @@ def build(view: StudyView) -> Report:
         outcome=findings.outcome(view, running=ended is None),
         facts=_facts(view, ended),
         sections=(
+            *comparison.compared(view),
             findings.confirmed(view),
             findings.promising(view),
             measures.noise_floor(view),

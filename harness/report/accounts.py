@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from harness.ledger import Event
-from harness.records import BASELINE_ARM, PLACEBO_ARM, Status, Trial, TrialState
+from harness.records import BASELINE_ARM, PLACEBO_ARM, SOURCE_ARM, Status, Trial, TrialState
 from harness.report.document import (
     LONGEST_CELL,
     Bullets,
@@ -18,7 +18,7 @@ from harness.report.document import (
     join,
     plain,
 )
-from harness.report.quantities import score
+from harness.report.quantities import score, starting_point
 from harness.view import StudyView
 
 
@@ -35,7 +35,7 @@ def arms(view: StudyView) -> Section:
         money = [e["usd"] for e in usd if e["arm"] == arm]
         kept = sum(c.id in view.incumbents[1:] for c in mine)
         seconds = sum(t.finished.get("train_seconds") or 0.0 for t in trials)
-        status = Counter(str(c.status) for c in mine if c.arm != BASELINE_ARM)
+        status = Counter(str(c.status) for c in mine if c.arm not in (BASELINE_ARM, SOURCE_ARM))
         opened = status[Status.OPEN] + status[Status.AUDIT]
         cells: tuple[tuple[str, float | int | None, str], ...] = (
             ("proposals", len(mine), "d"),
@@ -157,6 +157,7 @@ def reproduce(view: StudyView) -> Section:
         ("Repository commit ", Code(str(o.get("commit"))), dirty),
         ("Trainer sha256 ", Code(o["trainer_sha256"])),
         ("Space sha256 ", Code(o["space_sha256"])),
+        *((line,) for line in starting_point(view)),
         ("Judge ", Code(o["judge_id"])),
         (
             f"Corpus {corpus['name']}: {corpus['num_documents']:,} documents, {corpus['num_bytes']:,} bytes, sha256 ",
@@ -182,7 +183,7 @@ def every_trial(view: StudyView) -> Section:
         rows.append(
             (
                 (Code(t.id),),
-                (arm,),
+                (f"{arm} {view.candidates[t.candidate].name}".strip(),),
                 (t.purpose,),
                 (state,),
                 (score(t, "val"),),

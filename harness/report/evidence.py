@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
-from typing import Any
+from collections import defaultdict
 
 import numpy as np
 
 from harness.ledger import Event
+from harness.records import LISTED_ARM, Trial
+from harness.report.counts import Facts, counted, kept, spent
 from harness.report.document import Number, Report, walk
 from harness.view import StudyView
 
-Facts = dict[str, float | int | None]
 Scores = dict[
     tuple[str, int, str], dict[int, float]
 ]  # (settings' owner, rung, split) -> seed -> bits per byte
@@ -46,7 +46,7 @@ def _same(a: float | int | None, b: float | int | None) -> bool:
 def facts(view: StudyView) -> Facts:
     """Every number a report may show, by its key."""
     scores = _scores(view)
-    parts = (_measured(view, scores), _decided(view), _counted(view), _spent(view))
+    parts = (_measured(view, scores), _decided(view), _compared(view), counted(view), spent(view))
     return {key: value for part in parts for key, value in part.items()}
 
 
@@ -204,7 +204,7 @@ def _wrong_verdicts(view: StudyView) -> list[str]:
 
 
 def _decided(view: StudyView) -> Facts:
-    found: Facts = {"keeps": sum(_kept(c) for c in view.candidates.values())}
+    found: Facts = {"keeps": sum(kept(c) for c in view.candidates.values())}
     for c in view.candidates.values():
         for i, e in enumerate(c.verdicts):
             found |= {f"verdict/{c.id}/{i}/{name}": value for name, value in _verdict(view, e).items()}
@@ -220,74 +220,33 @@ def _decided(view: StudyView) -> Facts:
     return found
 
 
-def _kept(c: Any) -> bool:
-    return not c.placebo and any(e["verdict"] == "keep" for e in c.verdicts)
-
-
-def _counted(view: StudyView) -> Facts:
-    candidates, trials = view.candidates.values(), view.trials.values()
-    tried = [c for c in candidates if c.placebo and c.verdicts]
-    audits = [
-        c.verdicts[-1]["verdict"] for c in candidates if c.verdicts and c.verdicts[-1]["stage"] == "audit"
+def _compared(view: StudyView) -> Facts:
+    """The numbers of every listed design beside the baseline's, at every rung."""
+    found: Facts = {}
+    shown = [
+        c for c in view.candidates.values() if c.arm == LISTED_ARM or c.id in (view.baseline, view.source)
     ]
-    a, f = len(audits), audits.count("discard")
-    found: Facts = {"placebos/tried": len(tried), "audits/decided": a, "audits/failed": f}
-    found["placebos/kept"] = sum(c.verdicts[-1]["verdict"] == "keep" for c in tried)
-    found["audits/false_share"] = 0.1 * max(0.0, (f - 0.2 * a) / 0.7) / (a - f) if a >= 10 and a > f else None
-    found |= {f"failures/{k}": n for k, n in Counter(str(t.failure) for t in trials if t.failure).items()}
-    found |= {f"rejected/{k}": n for k, n in Counter(e["kind"] for e in view.rejected).items()}
-    for c in candidates:
-        mine = [t for t in trials if t.candidate == c.id]
-        found[f"price/{c.id}/trainings"] = len(mine)
-        found[f"price/{c.id}/seconds"] = math.fsum(t.seconds for t in mine)
-        for rung, facts in enumerate(c.proposed["facts_by_rung"]):
-            found |= {f"facts/{c.id}/{rung}/{name}": count for name, count in facts.items()}
-    for t in trials:
-        for split in ("val", "audit"):
-            found[f"trial/{t.id}/{split}"] = (
-                t.scores.get(split) if t.finished.get("state") == "COMPLETE" else None
-            )
-        found[f"seconds/{t.id}"] = t.finished.get("train_seconds")
+    for rung in range(len(view.space.rungs)):
+        base = _complete(view, view.baseline, rung)
+        for c in shown:
+            key, runs = f"compared/{c.id}/{rung}", _complete(view, c.id, rung)
+            rivals = base if c.id != view.baseline else []
+            levels = [{t.seed: t.scores["val"] for t in trials} for trials in (rivals, runs)]
+            usual, seconds = map(_median_seconds, (base, runs))
+            found |= {
+                f"{key}/n": len(runs),
+                f"{key}/bpb": float(np.mean([*levels[1].values()])) if runs else None,
+            }
+            found |= {f"{key}/seconds": seconds, f"{key}/relative": seconds and usual and seconds / usual}
+            found |= _paired(f"{key}/paired", *levels)
     return found
 
 
-def _spent(view: StudyView) -> Facts:
-    trials, calls = view.trials.values(), {e["call"]: e for e in view.spends}.values()
-    found: Facts = {"cost/trainings": len(trials)}
-    found |= {f"cost/{state}": n for state, n in Counter(str(t.state) for t in trials).items()}
-    on_cpu = [t.seconds for t in trials if not view.space.rungs[t.rung].gpus]
-    found["cost/cpu"] = math.fsum(on_cpu) if on_cpu else None
-    found["cost/gpu_hours"] = view.gpu_seconds / 3600 if view.gpu_seconds else None
-    found["cost/wall_hours"] = view.elapsed_seconds() / 3600
-    for phase in ("settled", "reserved"):
-        usd = [e["usd"] for e in calls if e["phase"] == phase]
-        found[f"cost/usd/{phase}"] = math.fsum(usd) if usd else None
-    for name in ("input_tokens", "output_tokens", "cache_write_tokens", "cache_read_tokens"):
-        counts = [e[name] for e in calls if e.get(name) is not None]
-        found[f"cost/{name}"] = sum(counts) if counts else None
-    arms = {c.arm for c in view.candidates.values()} | {e["arm"] for e in (*view.rejected, *view.spends)}
-    for arm in arms:
-        usd = [e["usd"] for e in calls if e["arm"] == arm]
-        found |= {f"arm/{arm}/{name}": value for name, value in _arm(view, arm, usd).items()}
-    return found
+def _complete(view: StudyView, candidate: str, rung: int) -> list[Trial]:
+    mine = (t for t in view.trials.values() if (t.candidate, t.rung) == (candidate, rung))
+    return [t for t in mine if t.finished.get("state") == "COMPLETE" and "val" in t.scores]
 
 
-def _arm(view: StudyView, arm: str, usd: list[float]) -> Facts:
-    mine = [c for c in view.candidates.values() if c.arm == arm]
-    ids = {c.id for c in mine}
-    trials = [t for t in view.trials.values() if t.candidate in ids]
-    seconds, kept = math.fsum(t.finished.get("train_seconds") or 0.0 for t in trials), sum(map(_kept, mine))
-    last = Counter(c.verdicts[-1]["verdict"] if c.verdicts else "retest" for c in mine if arm != "baseline")
-    return {
-        "proposals": len(mine),
-        "rejected": sum(e["arm"] == arm for e in view.rejected),
-        "trainings": len(trials),
-        "kept": kept,
-        "discarded": last["discard"],
-        "no-effect": last["no-effect"],
-        "open": last["retest"],
-        "train s": seconds,
-        "kept per training hour": 3600 * kept / seconds if seconds else None,
-        "USD": math.fsum(usd) if usd else None,
-        "kept per USD": kept / math.fsum(usd) if math.fsum(usd) else None,
-    }
+def _median_seconds(trials: list[Trial]) -> float | None:
+    seconds = [t.finished["train_seconds"] for t in trials if t.finished.get("train_seconds") is not None]
+    return float(np.median(seconds)) if seconds else None

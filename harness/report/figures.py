@@ -128,6 +128,6 @@ def _paired(axes: Any, data: Paired) -> None:
         [g.value for g in data.gains], [1] * len(data.gains), "o", color=PALETTE["ink"], alpha=0.6, ms=6
     )
     axes.set_yticks([0, 1], ["estimate, 95 %", "seed by seed"])
-    axes.set(ylim=(-0.7, 1.7), xlabel="gain over the incumbent, bits per byte (right is better)")
+    axes.set(ylim=(-0.7, 1.7), xlabel="gain, bits per byte (right is better)")
     axes.spines["left"].set_visible(False)
     axes.tick_params(left=False)

@@ -20,7 +20,17 @@ from harness.report.document import (
     join,
     plain,
 )
-from harness.report.quantities import changes, cited, claim, interval, mean, verdict_name, whole_gain
+from harness.report.quantities import (
+    called,
+    changes,
+    cited,
+    claim,
+    interval,
+    mean,
+    starting_point,
+    verdict_name,
+    whole_gain,
+)
 from harness.space import canonical
 from harness.view import StudyView
 
@@ -30,7 +40,7 @@ PROMISING_Z = 1.0  # a candidate that was dropped above this z is more likely a 
 def outcome(view: StudyView, running: bool) -> Line:
     """The answer in one sentence."""
     keeps = view.incumbents[1:]
-    start, end = mean(view, view.baseline, 0), mean(view, view.incumbent, 0)
+    start, end = mean(view, view.baseline, 0), mean(view, view.incumbents[-1], 0)
     if not keeps:
         so_far = "Nothing is confirmed yet" if running else "Nothing was confirmed"
         return (so_far, ": the baseline stands at val ", start, " bpb.")
@@ -38,12 +48,12 @@ def outcome(view: StudyView, running: bool) -> Line:
         last = claim(view.candidates[keeps[0]], -1)
         gain: Line = ("audited gain ", *interval(last.delta, last.low, last.high), " bpb over ", last.n)
         return ("1 change confirmed: val ", start, " → ", end, " bpb, ", *gain, " fresh runs.")
-    head: Line = (
-        Number(len(keeps), "d", "keeps"),
-        " changes confirmed, each against the one before: val ",
-        start,
-        " → ",
-    )
+    count = Number(len(keeps), "d", "keeps")
+    if view.incumbent == view.baseline:  # a comparison: no keep took its place
+        each = ((*called(view.candidates[c]), " ", claim(view.candidates[c], -1).delta) for c in keeps)
+        stands = (" changes confirmed, each against the baseline at val ", start, " bpb: audited gains ")
+        return (count, *stands, *join(each, ", "), " bpb.")
+    head: Line = (count, " changes confirmed, each against the one before: val ", start, " → ")
     whole = whole_gain(view)
     if whole:
         return (*head, end, " bpb, audited gain of the whole ", *whole[:-1], " bpb.")
@@ -56,7 +66,7 @@ def confirmed(view: StudyView) -> Section:
     if not keeps:
         return Section("Confirmed", (Prose(("No candidate passed its audit.",)),))
     blocks = [_card(view, c) for c in keeps]
-    if len(keeps) > 1:
+    if len(keeps) > 1 and view.incumbent != view.baseline:
         blocks.append(_chain(view))
     note = (
         "Gain is bits per byte taken off, positive is better. Each gain below comes from the audit alone: fresh "
@@ -85,7 +95,7 @@ def _card(view: StudyView, c: Candidate) -> Section:
         data = Paired(gains, audit.delta, audit.low, audit.high)
         alt = f"Audit of {c.id}: gain over the incumbent seed by seed, with the estimate and its interval"
         blocks.append(Figure(f"audit-{c.id}", alt, data))
-    return Section(c.id, tuple(blocks))
+    return Section(f"{c.name} {c.id}".strip(), tuple(blocks))
 
 
 def _paired_gains(view: StudyView, c: Candidate) -> tuple[Number, ...]:
@@ -196,7 +206,7 @@ def promising(view: StudyView) -> Section:
             chosen.append((c, look))
     chosen.sort(key=lambda pair: -pair[0].verdicts[pair[1]]["z"])
     blocks = [_candidates_table(view, chosen)] if chosen else [Prose(("None.",))]
-    waiting = [(Code(c.id), " by ", c.arm, f", {c.status}") for c in view.open.values() if not c.placebo]
+    waiting = [(*called(c), " by ", c.arm, f", {c.status}") for c in view.open.values() if not c.placebo]
     if waiting:
         blocks.append(Prose(("Undecided when the ledger ends: ", *join(waiting, "; "), ".")))
     note = f"Dropped or undecided with z above {PROMISING_Z:g} at the last look. Not evidence: likely missed wins."
@@ -210,7 +220,7 @@ def _candidates_table(view: StudyView, chosen: list[tuple[Candidate, int]]) -> T
         state = "failed audit" if c.last["stage"] == "audit" else str(c.status)
         rows.append(
             (
-                (Code(c.id),),
+                called(c),
                 changes(view, c, c.verdicts[i]["against"]),
                 (shown.z,),
                 (shown.delta, " ± ", shown.se),
@@ -242,12 +252,13 @@ def winners(view: StudyView) -> tuple[Winner, ...]:
             Winner(
                 c.id,
                 (
-                    f"study {study}, candidate {c.id}, proposed by {c.arm}",
+                    f"study {study}, candidate {c.id}, proposed by {c.arm} {c.name}".strip(),
                     f"audited gain {audit.delta} bpb over {e['against']} (95 % {audit.low} to {audit.high}), "
                     f"z {audit.z}, {audit.n} runs against {audit.m}",
                     f"trials {', '.join(compact(e['trials']))}; control {', '.join(compact(e['control']))}",
                     f"judge {view.opened['judge_id']}; trainer {c.proposed['trainer_sha256']}",
                     plain(c.proposed.get("hypothesis") or "no hypothesis"),
+                    *starting_point(view),
                     "takes the place of [baseline] in a search space; each line is also a key=value of the trainer",
                 ),
                 tuple(c.settings.items()),

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable
 
 from harness.records import Candidate, Status, Trial, TrialState
-from harness.report.document import Chip, Code, Dot, Figure, Line, Number, Progress, Prose, Section, Table
-from harness.report.quantities import changes, known_noise, mean, score, t_half_width, verdict_name
+from harness.report.document import Chip, Dot, Figure, Line, Number, Progress, Prose, Section, Table
+from harness.report.quantities import called, changes, known_noise, mean, score, t_half_width, verdict_name
 from harness.stats import Noise, difference
 from harness.view import StudyView
 
@@ -148,7 +148,7 @@ def progress(view: StudyView) -> Section:
         for i, t in enumerate(done)
     )
     steps = []
-    for incumbent in view.incumbents:
+    for incumbent in view.standards:
         level = mean(view, incumbent, 0)
         since = view.candidates[incumbent].last
         if level.value is not None:
@@ -161,7 +161,8 @@ def progress(view: StudyView) -> Section:
 def leaderboards(view: StudyView) -> Section:
     blocks = []
     for r, rung in enumerate(view.space.rungs):
-        means = [(c, mean(view, c.id, r)) for c in view.candidates.values() if not c.placebo]
+        ran = (c for c in view.candidates.values() if not c.placebo and c.status != Status.SOURCE)
+        means = [(c, mean(view, c.id, r)) for c in ran]
         ranked = sorted((pair for pair in means if pair[1].value is not None), key=lambda pair: pair[1].value)
         if ranked:
             rows = tuple(
@@ -207,7 +208,7 @@ def _row(view: StudyView, rung: int, rank: int, c: Candidate, score: Number) -> 
     key = f"{c.id}/{rung}"
     return (
         (str(rank),),
-        (Code(c.id),),
+        called(c),
         changes(view, c, view.baseline) if c.id != view.baseline else ("–",),
         (score, " ± ", Number(se, ".4f", f"se/{key}", score.trials)),
         (Number(len(runs), "d", f"n/{key}", score.trials),),

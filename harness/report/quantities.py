@@ -8,8 +8,8 @@ from functools import cache
 
 from harness.ledger import Event
 from harness.records import Candidate, Trial, TrialState
-from harness.report.document import MISSING, Code, Line, Number, compact, join
-from harness.space import Setting
+from harness.report.document import MISSING, Code, Line, Number, compact, join, plain
+from harness.space import Setting, settings_diff
 from harness.stats import Noise, noise_at, paired_interval
 from harness.view import StudyView
 
@@ -64,8 +64,15 @@ def cited(trials: Iterable[str]) -> Line:
     return join([(Code(group),) for group in compact(trials)], ", ") or (MISSING,)
 
 
-def spell(value: Setting) -> str:
+def called(candidate: Candidate) -> Line:
+    """The candidate's id, after its name where it has one."""
+    return (*([candidate.name, " "] if candidate.name else []), Code(candidate.id))
+
+
+def spell(value: Setting | None) -> str:
     """A setting as TOML and the trainer's command line read it; floats shortened for the eye."""
+    if value is None:
+        return "default"
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:.6g}" if isinstance(value, float) else str(value)
@@ -75,9 +82,8 @@ def changes(view: StudyView, candidate: Candidate, other: str) -> Line:
     """The smallest diff of settings (and code) against another candidate."""
     old = view.candidates[other]
     lines: list[Line] = [
-        (Code(f"{key}: {spell(old.settings[key])} → {spell(value)}"),)
-        for key, value in candidate.settings.items()
-        if value != old.settings[key]
+        (Code(f"{key}: {spell(before)} → {spell(after)}"),)
+        for key, (before, after) in settings_diff(old.settings, candidate.settings).items()
     ]
     if candidate.proposed["trainer_sha256"] != old.proposed["trainer_sha256"]:
         commit = candidate.proposed.get("commit") or "unknown"
@@ -108,6 +114,15 @@ def whole_gain(view: StudyView) -> Line:
     values = {"delta": delta, "low": low, "high": high}
     numbers = [Number(value, "+.4f", f"whole/{name}", trials) for name, value in values.items()]
     return (*interval(*numbers), Number(len(shared), "d", "whole/n", trials))
+
+
+def starting_point(view: StudyView) -> list[str]:
+    """What every training went on from, as a sentence; none where they began from nothing."""
+    if view.source:
+        return [f"every other run of a rung went on from candidate {view.source}'s run there"]
+    if path := view.space.source.checkpoint:
+        return [f"every run went on from {plain(path)}, sha256 {view.opened['source']}"]
+    return []
 
 
 def verdict_name(e: Event) -> str:
