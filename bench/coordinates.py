@@ -1,7 +1,7 @@
 """Coordinate check: do activations of a MoUE move alike at every width, so that rates found small hold large?
 
     python bench/coordinates.py                        (Muon and AdamW, widths 64 to 512; minutes)
-    python bench/coordinates.py router=gru --optimizers muon
+    python bench/coordinates.py router=gru optimizer=muon
 
 The model of depth 2 trains some steps at each width, on the same batches, with the trainer's own groups and rates.
 On a batch of its own the root mean square of what flows is taken along the way; its slope against width, on
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -52,27 +53,29 @@ def rms(x: Tensor) -> float:
 @torch.no_grad()
 def look(model: ts.GPT, tokens_BT: Tensor) -> tuple[dict[str, float], Tensor]:
     """Root mean squares of what flows through the model on these tokens, by name, and the logits."""
-    found = {"embedding": rms(model.embed[tokens_BT])}
-    expert_outputs = []
-    for block in model.blocks:
-        dispatch = block.moe.dispatch
-        block.moe.dispatch = lambda *args, dispatch=dispatch: (
-            expert_outputs.append(dispatch(*args)) or expert_outputs[-1]
-        )
-    trace = model.trace(tokens_BT, watch=True)
-    for layer, (block, routing) in enumerate(zip(model.blocks, trace.routings, strict=True)):
-        del block.moe.dispatch  # the class's own again
+    found, expert_outputs = {"embedding": rms(model.embed[tokens_BT])}, []
+
+    def dispatch(*args) -> Tensor:
+        expert_outputs.append(own_dispatch(*args))
+        return expert_outputs[-1]
+
+    own_dispatch, ts.MoE.dispatch = ts.MoE.dispatch, dispatch
+    try:
+        trace = model.trace(tokens_BT, watch=True)
+    finally:
+        ts.MoE.dispatch = own_dispatch
+    for layer, routing in enumerate(trace.routings):
         found[f"stream after block {layer}"] = trace.residual_rms_L[layer].item()
         found[f"router logits {layer}"] = rms(routing.logits_NE)
         found[f"expert outputs {layer}"] = rms(expert_outputs[layer])
     return found, trace.logits_BTV
 
 
-def run(settings: dict, width: int, seed: int) -> dict[tuple[str, int], float]:
+def run(base: ts.TrainConfig, width: int, seed: int) -> dict[tuple[str, int], float]:
     """Root mean squares by name and number of updates done; those that are zero (at birth) are left out."""
     size = {"model_dim": width, "head_dim": 32, "depth": 2, "seq_len": SEQ_LEN, "batch_tokens": BATCH_TOKENS}
     rates = {"tokens": 1000 * BATCH_TOKENS, "warmup": 0.0, "warmdown": 0.0}
-    config = ts.resolve(ts.TrainConfig(seed=seed, **size, **rates, **settings))
+    config = ts.resolve(replace(base, seed=seed, **size, **rates))
     trainer = ts.Trainer(ts.GPT(config))
     probe, *batches = text_like(1 + STEPS[-1])
     found, logits_at_birth = {}, None
@@ -87,9 +90,9 @@ def run(settings: dict, width: int, seed: int) -> dict[tuple[str, int], float]:
     return found
 
 
-def check(settings: dict, num_seeds: int) -> bool:
-    """Print the table for these settings; true when every slope is small."""
-    runs = {width: [run(settings, width, seed) for seed in range(num_seeds)] for width in WIDTHS}
+def check(base: ts.TrainConfig, num_seeds: int) -> bool:
+    """Print the table of these settings; true when every slope is small."""
+    runs = {width: [run(base, width, seed) for seed in range(num_seeds)] for width in WIDTHS}
     by_width = {
         width: {key: np.mean([np.log(r[key]) for r in rs]) for key in rs[0]} for width, rs in runs.items()
     }
@@ -110,17 +113,19 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of train_small.py")
-    parser.add_argument("--optimizers", nargs="+", default=["muon", "adamw"], choices=["muon", "adamw"])
     parser.add_argument("--seeds", type=int, default=1)
     args = parser.parse_intermixed_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    verdicts = []
-    for optimizer in args.optimizers:
-        print(f"\noptimizer={optimizer} {' '.join(args.settings)}")
-        verdicts.append(
-            check(dict(map(ts.parse_setting, args.settings)) | {"optimizer": optimizer}, args.seeds)
-        )
+    try:
+        base = ts.read_config(None, None, args.settings)
+        is_given = any(item.startswith("optimizer=") for item in args.settings)
+        verdicts = []
+        for optimizer in [base.optimizer] if is_given else ["muon", "adamw"]:
+            print(f"\noptimizer={optimizer}")
+            verdicts.append(check(replace(base, optimizer=optimizer), args.seeds))
+    except ts.Mistake as error:
+        parser.error(str(error))
     return 0 if all(verdicts) else 1
 
 

