@@ -15,7 +15,8 @@ balance=bias), MoRE and ReXMoE (topology=blocks), UniPool (num_local=0 topology=
 MoEUT-style recursion (recursion=2 num_local=0 gate=sigmoid renormalize=false).
 
 The run writes metrics.jsonl and checkpoint.pt, never a score: the judge scores.
-Exit codes: 0 done, 2 user's mistake, 3 diverged, 4 routing collapsed, 5 out of memory, other: crash.
+Exit codes: 0 done, 2 user's mistake, 3 diverged, 4 routing collapsed, 5 out of memory, other: crash; torchrun
+makes 1 of all but 0.
 
 Shapes, as name suffixes: B rows, T positions, N = B*T tokens, D model width, H heads, C head width,
 V vocabulary, L layers, S stored experts, U of them in the pool, E experts one layer sees, K experts a token
@@ -27,6 +28,7 @@ import argparse
 import ctypes
 import difflib
 import gc
+import hashlib
 import json
 import math
 import os
@@ -126,7 +128,9 @@ class TrainConfig:
     layer_gate: bool = setting(False, "a learned factor on each layer's routed output")
 
     balance: str = setting("uelb", "what balances the load", choices=BALANCES)
-    balance_coeff: float = setting(0.01, "weight of its loss: its value at uniform routing", 0.0, 10.0)
+    balance_coeff: float = setting(
+        0.01, "weight of its loss; uelb, layer: its value at uniform routing", 0.0, 10.0
+    )
     balance_ramp: float = setting(0.0, "share of training over which that weight rises from 0", 0.0, 1.0)
     exposure_power: int = setting(1, "uelb: 2 asks equal load per expert, 1 per edge", choices=(0, 1, 2))
     balance_scope: str = setting("joint", "experts balanced", choices=("joint", "pool_only"))
@@ -192,8 +196,16 @@ def adam_scale(config: TrainConfig, part: str) -> float:
     return (config.model_dim / REFERENCE_DIM) ** WIDTH_POWER[part] * batch_scale(config)
 
 
-def decay_scale(config: TrainConfig) -> float:
-    return batch_scale(config) * REFERENCE_TOKENS / (config.tokens * config.horizon)
+def matrix_rate(config: TrainConfig) -> float:
+    """Peak learning rate of matrices, after the scaling rules."""
+    scale = adam_scale(config, "matrix") if config.optimizer == "adamw" else batch_scale(config)
+    return config.matrix_lr * scale
+
+
+def decay_at(config: TrainConfig, rate: float) -> float:
+    """Weight decay at which 1 / (rate * decay) is the same share of the run's steps as in the reference."""
+    reference_steps = REFERENCE_TOKENS / REFERENCE_BATCH_TOKENS
+    return config.weight_decay * config.matrix_lr / rate * reference_steps / num_steps(config)
 
 
 def derived_batch_tokens(tokens: int, seq_len: int) -> int:
@@ -231,7 +243,8 @@ def check_fields(config: TrainConfig) -> None:
 def resolve(config: TrainConfig) -> TrainConfig:
     """The same run with every derived (-1) setting filled in; idempotent.
 
-    Settings that mean nothing beside the others get one neutral value, so that equal models have equal configs.
+    Settings that mean nothing beside the others get one neutral value, so that equal models mostly have equal
+    configs; a window that happens to be the whole pool is not called full.
     Raises Mistake, in one line with the remedy, for a value or a combination that cannot be trained.
     """
     check_fields(config)
@@ -252,9 +265,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
     resolve_windows(c)
     resolve_routing(c)
     check_visibility(c)
-    if c.collapse_limit == -1:  # routing can do no worse than width / top_k; tolerate all but that
+    if c.collapse_limit == -1:  # routing can do no worse than width / top_k
         worst = int(_edges(c).sum(1).max()) / c.top_k
-        c.collapse_limit = 0.99 * worst if worst > 1 else 0.0
+        c.collapse_limit = min(SATURATED_ABOVE, 0.99 * worst) if worst > 1 else 0.0
     if c.matrix_lr == -1:
         c.matrix_lr = MATRIX_LR[c.optimizer]
     if c.tokens == -1:
@@ -269,7 +282,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
     fits = c.micro_tokens % c.seq_len == 0 and c.batch_tokens % c.micro_tokens == 0
     remedy = f"must be a multiple of seq_len={c.seq_len} and divide batch_tokens={c.batch_tokens}"
     require(fits, c, "micro_tokens", remedy)
-    return TrainConfig(**vars(c))
+    resolved = TrainConfig(**vars(c))
+    check_fields(resolved)
+    return resolved
 
 
 def resolve_experts(c: SimpleNamespace) -> None:
@@ -344,6 +359,8 @@ def resolve_windows(c: SimpleNamespace) -> None:
         remedy = f"topology={c.topology} makes it {value}; leave it out"
         require(getattr(c, key) in (-1, value), c, key, remedy)
         setattr(c, key, value)
+    if c.topology in ("full", "random"):
+        c.layers_per_window, c.keep_home = 1, c.keep_home and c.topology != "full"
     if c.window == -1:
         c.window = min(size, max(c.num_experts, -(-size // num_groups)))
     require(
@@ -361,6 +378,8 @@ def resolve_routing(c: SimpleNamespace) -> None:
     if c.num_universal == 0:
         c.router = "linear" if c.router == "logit_residual" else c.router
         c.split_top_k = 0
+    if c.router == "ema" and c.depth == 1:  # its state is read by the layer after
+        c.router = "linear"
     reads_dim = c.router in ("mlp", "ema", "gru")
     require(c.router_dim <= 0 or reads_dim, c, "router_dim", f"router={c.router} has none; leave it out")
     if reads_dim:
@@ -394,6 +413,7 @@ def resolve_routing(c: SimpleNamespace) -> None:
         "router_boost": not boosted,
     }
     vars(c).update({name: neutral[name] for name, unused in unread.items() if unused})
+    c.ramp_start = min(c.ramp_start, c.ramp_end)
 
 
 def check_visibility(c: SimpleNamespace) -> None:
@@ -520,9 +540,24 @@ def ramp_offset(
 
 
 def exposure(connectivity_LS: Tensor) -> Tensor:
-    """(S,) float64: the load each stored expert has under uniform routing, e_j = sum over its layers of 1/V_l."""
+    """(S,) float64: the load each stored expert has under uniform routing, e_j = sum over its layers of 1/V_l.
+    Instead of edges, rates may be given, of which each row is brought to the sum 1."""
     edges_LS = connectivity_LS.double()
-    return (edges_LS / edges_LS.sum(1, keepdim=True).clamp_min(1)).sum(0)
+    return (edges_LS / edges_LS.sum(1, keepdim=True).clamp_min(1e-12)).sum(0)
+
+
+def uniform_rate(c: Any, edges_LS: Tensor) -> Tensor:
+    """(L, S) float64, rows summing to 1: the load under uniform routing, 1/V_l on every edge; with split_top_k
+    that many of a token's experts are drawn from the pool's edges and the others from the layer's own."""
+    rate_LS = edges_LS.double()
+    if c.split_top_k:
+        parts = rate_LS.split((c.depth * c.num_local, c.num_universal), dim=1)
+        counts = (c.top_k - c.split_top_k, c.split_top_k)
+        scaled = [
+            part / part.sum(1, keepdim=True).clamp_min(1) * k for part, k in zip(parts, counts, strict=True)
+        ]
+        rate_LS = torch.cat(scaled, dim=1)
+    return rate_LS / rate_LS.sum(1, keepdim=True).clamp_min(1e-12)
 
 
 def uelb_loss(
@@ -539,7 +574,7 @@ def uelb_loss(
     load_S, prob_S = load_LS.detach().sum(0), prob_LS.sum(0)
     seen_S = exposure_S > 0
     safe_S = torch.where(seen_S, exposure_S, 1)  # the load of an unseen expert is 0
-    norm = (seen_S * safe_S**exposure_power).sum()
+    norm = (seen_S * safe_S**exposure_power).sum().clamp_min(1e-12)
     return alpha * (safe_S ** (exposure_power - 2) * load_S * prob_S).sum() / norm
 
 
@@ -549,17 +584,18 @@ def balance_loss(config: TrainConfig, load_LS: Tensor, prob_LS: Tensor, edges_LS
     `pool_only` looks at the universal experts alone and renormalises each layer over its window, else the loss
     could be lowered by leaving the pool; local experts are then free.
     """
-    alpha = config.balance_coeff
+    alpha, rate_LS = config.balance_coeff, uniform_rate(config, edges_LS)
     if config.balance_scope == "pool_only":
         first = config.depth * config.num_local
-        load_LS, prob_LS, edges_LS = (x[:, first:] for x in (load_LS, prob_LS, edges_LS))
-        load_LS, prob_LS = (x / x.sum(1, keepdim=True).clamp_min(1e-9) for x in (load_LS, prob_LS))
+        parts = (x[:, first:] for x in (load_LS, prob_LS, rate_LS))
+        load_LS, prob_LS, rate_LS = (x / x.sum(1, keepdim=True).clamp_min(1e-9) for x in parts)
     if config.balance == "layer":
-        return alpha * (edges_LS.sum(1) * (load_LS.detach() * prob_LS).sum(1)).mean()
+        scarcity_LS = torch.where(rate_LS > 0, 1 / rate_LS, 0).to(prob_LS.dtype)
+        return alpha * (scarcity_LS * load_LS.detach() * prob_LS).sum(1).mean()
     if config.balance == "pool":
-        num_layers, num_stored = edges_LS.shape
+        num_layers, num_stored = rate_LS.shape
         return alpha * num_stored / num_layers**2 * (load_LS.detach().sum(0) * prob_LS.sum(0)).sum()
-    return uelb_loss(load_LS, prob_LS, edges_LS, alpha, config.exposure_power)
+    return uelb_loss(load_LS, prob_LS, rate_LS, alpha, config.exposure_power)
 
 
 # --- Counting --------------------------------------------------------------------------------------------
@@ -622,7 +658,7 @@ def flops_per_token(config: TrainConfig) -> int:
 def reuse_uniform(c: Any, edges_LS: Tensor) -> list[float]:
     """For each layer the share of its assignments that would go to an expert the token has used before, were
     every layer to choose uniformly and on its own."""
-    rate_LS = edges_LS.double() / edges_LS.sum(1, keepdim=True).clamp_min(1)
+    rate_LS = uniform_rate(c, edges_LS)
     unused_LS = torch.cat([torch.ones_like(rate_LS[:1]), (1 - c.top_k * rate_LS)[:-1]]).cumprod(0)
     return (rate_LS * (1 - unused_LS)).sum(1).tolist()
 
@@ -630,7 +666,7 @@ def reuse_uniform(c: Any, edges_LS: Tensor) -> list[float]:
 def cross_stage_share(c: Any, edges_LS: Tensor) -> float:
     """Share of routed assignments, under uniform routing, whose expert lives in another pipeline stage. An
     expert lives in the first of the stages in which most layers see it."""
-    rate_LS = edges_LS.double() / edges_LS.sum(1, keepdim=True).clamp_min(1)
+    rate_LS = uniform_rate(c, edges_LS)
     stage_L = torch.arange(c.depth) * c.stages // c.depth
     seen_by_stage = torch.stack([edges_LS[stage_L == s].sum(0) for s in range(c.stages)])
     away_LS = seen_by_stage.argmax(0)[None] != stage_L[:, None]
@@ -652,7 +688,7 @@ def describe(config: TrainConfig) -> dict[str, Any]:
         "flops_per_token": flops_per_token(c),
         "virtual_width": edges.sum(1).tolist(),
         "reach": edges.sum(0).tolist(),
-        "exposure": exposure(edges).tolist(),
+        "exposure": exposure(uniform_rate(c, edges)).tolist(),
         "reuse_uniform": reuse_uniform(c, edges),
         "cross_stage_share": crossing,
         "cross_stage_bytes_per_token": round(crossing * c.depth * c.top_k * c.model_dim * 2 * 4),
@@ -1168,19 +1204,19 @@ def parameter_groups(model: GPT) -> list[Group]:
     }
     for name, param in model.named_parameters():
         part = part_of(name)
-        reads_stream = param.ndim == 2 and name != "depth_embedding" and not name.startswith("trajectory")
-        parts["vectors" if part == "router" and not reads_stream else part].append(param)
-    matrix_lr = c.matrix_lr * (adam_scale(c, "matrix") if c.optimizer == "adamw" else batch_scale(c))
+        readers = ("router_in", "state_in") if c.router == "mlp" else ("router", "state_in")
+        is_vector = part == "router" and name.rpartition(".")[2] not in readers
+        parts["vectors" if is_vector else part].append(param)
+    matrix_lr = matrix_rate(c)
     mean_reach = model.edges_LS[:, c.depth * c.num_local :].sum().item() / max(1, c.num_universal)
     pool_lr = matrix_lr / max(1.0, mean_reach) ** c.pool_lr_divisor
-    decay = c.weight_decay * decay_scale(c)
     groups = [
         Group("adamw", parts["embed"], c.embed_lr * adam_scale(c, "embed"), 0.0),
         Group("adamw", parts["head"], c.head_lr * adam_scale(c, "head"), 0.0),
         Group("adamw", parts["router"], c.router_lr * adam_scale(c, "router"), 0.0, is_router=True),
         Group("adamw", parts["vectors"], c.router_lr * batch_scale(c), 0.0, is_router=True),
-        Group(c.optimizer, parts["pool"], pool_lr, decay),
-        Group(c.optimizer, parts["blocks"], matrix_lr, decay),
+        Group(c.optimizer, parts["pool"], pool_lr, decay_at(c, pool_lr)),
+        Group(c.optimizer, parts["blocks"], matrix_lr, decay_at(c, matrix_lr)),
     ]
     return [group for group in groups if group.params]
 
@@ -1383,11 +1419,6 @@ class Collapsed(RuntimeError):
     """A few experts take all the traffic, or too many take none."""
 
 
-def spread(values: list[Tensor], edges_LS: Tensor) -> Tensor:
-    """(L, S) from a vector over the visible experts of each layer."""
-    return torch.zeros(edges_LS.shape, device=edges_LS.device).masked_scatter(edges_LS, torch.cat(values))
-
-
 class Step(NamedTuple):
     nats: Tensor  # mean cross-entropy of the batch, a scalar without gradient
     load_LS: Tensor | None  # of the whole batch, over all processes
@@ -1396,19 +1427,20 @@ class Step(NamedTuple):
     residual_rms_L: Tensor | None
 
 
-def load_over_exposure(load_LS: Tensor, open_LS: Tensor) -> Tensor:
+def load_over_exposure(c: TrainConfig, load_LS: Tensor, open_LS: Tensor) -> Tensor:
     """(S,) load of every stored expert over that of uniform routing; nan for one that no edge leads to now."""
-    exposure_S = exposure(open_LS)
+    exposure_S = exposure(uniform_rate(c, open_LS))
     return torch.where(exposure_S > 0, load_LS.sum(0).double() / exposure_S, math.nan)
 
 
 def routing_health(model: GPT, result: Step) -> dict[str, Any]:
     """Numbers for the metrics, by layer or by stored expert. `*_over_exposure`: see there, -1 for unreachable.
+    Loads are of the whole step; entropy, logits, reuse and the residual stream of its last pass on one process.
 
     `reuse`: share of a layer's assignments whose expert the token used before (what chance gives: describe's
     reuse_uniform); `distinct_experts`: the experts a token used, as a share of its assignments."""
     load_LS, open_LS, routings = result.load_LS, result.open_LS, result.routings
-    ratio_S = load_over_exposure(load_LS, open_LS)
+    ratio_S = load_over_exposure(model.config, load_LS, open_LS)
     seen_S = ratio_S[~ratio_S.isnan()]
     blocks = model.blocks
     stored = [blocks[n % len(blocks)].moe.visible_E[r.choice_NK] for n, r in enumerate(routings)]
@@ -1450,6 +1482,7 @@ class Trainer:
         self.num_steps = num_steps(model.config)
         self.device = model.embed.device
         self.visible_LS = model.edges_LS.to(self.device)
+        self.places = model.edges_LS.flatten().nonzero().flatten().to(self.device)
         self.last_load_LS: Tensor | None = None  # of the last step's whole batch
         self.usage_LS = torch.zeros(model.edges_LS.shape, device=self.device)
 
@@ -1488,10 +1521,13 @@ class Trainer:
         return Step(nats, load_LS, open_LS, trace.routings if watch else [], trace.residual_rms_L)
 
     def shares(self, routings: list[Routing]) -> Shares:
-        load_LS, prob_LS = (
-            spread([getattr(r, name) for r in routings], self.visible_LS) for name in ("load_E", "prob_E")
-        )
-        return Shares(load_LS, prob_LS)
+        return Shares(self.spread([r.load_E for r in routings]), self.spread([r.prob_E for r in routings]))
+
+    def spread(self, values: list[Tensor]) -> Tensor:
+        """(L, S) from a vector over the visible experts of each layer; by places known from the start, for a mask
+        would make CUDA wait."""
+        flat = values[0].new_zeros(self.visible_LS.numel()).index_copy(0, self.places, torch.cat(values))
+        return flat.view_as(self.visible_LS)
 
     @property
     def balances_whole_batch(self) -> bool:
@@ -1550,7 +1586,7 @@ class Trainer:
             for mine, saved in zip(optimizer.state(), moments, strict=True):
                 mine.copy_(saved)
         self.usage_LS.copy_(state["usage"])
-        self.kept_LS = state["kept"]
+        self.kept_LS = None if state["kept"] is None else state["kept"].cpu()
         self.last_load_LS = None if state["last_load"] is None else state["last_load"].to(self.device)
 
 
@@ -1558,15 +1594,14 @@ class Trainer:
 def update_balance_bias(model: GPT, load_LS: Tensor, open_LS: Tensor) -> None:
     """Loss-free balancing (DeepSeek, arXiv 2408.15664) over exposures: every expert's bias moves by bias_rate
     towards its exposure e_j; one bias a stored expert, so shared along depth. ASSUMPTION, not MoUE's."""
-    c, first = model.config, 0
-    if c.balance_scope == "pool_only":
-        first = c.depth * c.num_local
-        load_LS, open_LS = load_LS[:, first:], open_LS[:, first:]
-        load_LS = load_LS / load_LS.sum(1, keepdim=True).clamp_min(1e-9)
-    exposure_S = exposure(open_LS)
+    c = model.config
+    first = c.depth * c.num_local if c.balance_scope == "pool_only" else 0
+    load_LS, rate_LS = load_LS[:, first:].double(), uniform_rate(c, open_LS)[:, first:]
+    load_LS = load_LS / load_LS.sum(1, keepdim=True).clamp_min(1e-9)
+    exposure_S = exposure(rate_LS)
     bias_S, reached_S = model.balance_bias[first:], exposure_S > 0
-    bias_S += c.bias_rate * torch.sign(exposure_S - load_LS.double().sum(0)).to(bias_S.dtype) * reached_S
-    bias_S -= (bias_S * reached_S).sum() / reached_S.sum() * reached_S
+    bias_S += c.bias_rate * torch.sign(exposure_S - load_LS.sum(0)).to(bias_S.dtype) * reached_S
+    bias_S -= (bias_S * reached_S).sum() / reached_S.sum().clamp_min(1) * reached_S
 
 
 class Watch:
@@ -1582,7 +1617,7 @@ class Watch:
             raise Diverged(f"training loss {nats:.3g} nats after {progress:.0%} of training")
         if result.load_LS is None:
             return
-        ratio_S = load_over_exposure(result.load_LS, result.open_LS)
+        ratio_S = load_over_exposure(c, result.load_LS, result.open_LS)
         ratio_S = ratio_S[~ratio_S.isnan()]
         self.checks.append((ratio_S.max().item(), (ratio_S < DEAD_BELOW).double().mean().item()))
         if len(self.checks) < COLLAPSE_CHECKS or progress <= COLLAPSE_AFTER:
@@ -1636,8 +1671,9 @@ def read_checkpoint(path: Path, option: str) -> dict[str, Any]:
         raise Mistake(f"{option} {path}: no such file; give a checkpoint.pt")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        return saved | {"config": TrainConfig(**saved["config"])}
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
+        wanted = {key: saved[key] for key in ("model", "usage", "step", "tokens")}
+        return wanted | {"config": TrainConfig(**saved["config"])}
+    except (RuntimeError, OSError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise Mistake(f"{option} {path}: not a checkpoint of this trainer ({reason})") from None
 
@@ -1655,24 +1691,28 @@ def train(config: TrainConfig, out: Path, source: Path | None = None) -> None:
         even = rest == 0 and num_rows % min(num_rows, c.micro_tokens // c.seq_len) == 0
         remedy = f"cannot be cut evenly for {team.size} processes with micro_tokens={c.micro_tokens}"
         require(even, c, "batch_tokens", remedy)
-        model, kept_LS, tokens_before = GPT(c), None, 0
+        model, kept_LS, tokens_before, source_sha256 = GPT(c), None, 0, ""
         if source:
             saved = read_checkpoint(source, "--from")
             kept_LS, tokens_before = warm_start(model, saved), saved["tokens"]
+            source_sha256 = hashlib.sha256(source.read_bytes()).hexdigest()
         rows = load_rows(c, -(-tokens_before // c.seq_len))
         trainer = Trainer(model.to(device), kept_LS=kept_LS, team=team)
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise Mistake(f"--out {out}: {error.strerror}; name another folder") from None
-        Loop(trainer, rows, out, tokens_before).run()
+        code_sha256 = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+        identity = {"config": asdict(c), "source": source_sha256, "code": code_sha256}
+        Loop(trainer, rows, out, tokens_before, identity).run()
 
 
 class Loop:
     """Steps, metrics, saved states and the lines a person sees."""
 
-    def __init__(self, trainer: Trainer, rows: Rows, out: Path, tokens_before: int):
+    def __init__(self, trainer: Trainer, rows: Rows, out: Path, tokens_before: int, identity: dict[str, Any]):
         self.trainer, self.rows, self.out, self.tokens_before = trainer, rows, out, tokens_before
+        self.identity = identity | {"text": hashlib.sha256(rows.corpus.offsets.tobytes()).hexdigest()}
         self.config, self.leads = trainer.model.config, trainer.team.rank == 0
         self.first_step, self.since_line, self.seconds_before = 0, [], 0.0
         self.watch = Watch(self.config)
@@ -1681,10 +1721,17 @@ class Loop:
     def run(self) -> None:
         c, trainer = self.config, self.trainer
         metrics_path = self.out / "metrics.jsonl"
-        if c.save_every and self.state_path.is_file():
-            self.go_on(metrics_path)
-        elif self.leads:
-            metrics_path.write_text("")
+        try:
+            if c.save_every and self.state_path.is_file():
+                self.go_on(metrics_path)
+            elif self.leads:
+                (self.out / "checkpoint.pt").unlink(missing_ok=True)  # of an earlier run
+                metrics_path.write_text("")
+        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
+            if isinstance(error, Mistake):
+                raise
+            raise Mistake(f"--out {self.out}: cannot be used ({error}); name another folder") from None
+        self.agree()
         if c.compile:
             for block in trainer.model.blocks:
                 block.attention.compile(dynamic=False)
@@ -1725,13 +1772,18 @@ class Loop:
             self.tell(f"{self.done_text}  {left_seconds:.0f} s left", passing=True)
             self.since_line = []
         if c.save_every and done % c.save_every == 0 and not is_last and self.leads:
-            seen = {"config": asdict(c), "step": done, "seconds": self.seconds(), "nats": self.since_line}
+            seen = {
+                "step": done,
+                "seconds": self.seconds(),
+                "nats": self.since_line,
+                "identity": self.identity,
+            }
             save(self.state_path, self.trainer.state() | seen | {"checks": list(self.watch.checks)})
 
     def go_on(self, metrics_path: Path) -> None:
         """Take up the saved state, and drop the lines of metrics that lie after it."""
         state = torch.load(self.state_path, map_location=self.trainer.device, weights_only=True)
-        if state["config"] != asdict(self.config):
+        if state["identity"] != self.identity:
             raise Mistake(
                 f"--out {self.out}: holds the state of another run; name another folder or remove it"
             )
@@ -1745,6 +1797,13 @@ class Loop:
             temporary = metrics_path.with_name("metrics.tmp")
             temporary.write_text(kept)
             os.replace(temporary, metrics_path)
+
+    def agree(self) -> None:
+        """Mistake unless all processes begin at the same step."""
+        mean = torch.tensor(float(self.first_step), device=self.trainer.device)
+        self.trainer.team.mean([mean])
+        if mean.item() != self.first_step:
+            raise Mistake(f"--out {self.out}: all processes of a run must share this folder")
 
     def seconds(self) -> float:
         return self.seconds_before + time.monotonic() - self.started
@@ -1760,7 +1819,7 @@ class Loop:
             raise Diverged(f"training loss {nats} nats at step {done}")
         c = self.config
         line = {"step": done, "tokens": done * c.batch_tokens, "seconds": self.seconds(), "train_nats": nats}
-        line |= {"lr": c.matrix_lr * schedule(c, done / self.trainer.num_steps)}
+        line |= {"lr": matrix_rate(c) * schedule(c, done / self.trainer.num_steps)}
         return line | (routing_health(self.trainer.model, result) if result.routings else {})
 
 
@@ -1770,7 +1829,9 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 
 # --- Warm start ------------------------------------------------------------------------------------------
 
-SAME = ("vocab_size", "model_dim", "head_dim", "expert_dim", "ffn", "num_shared", "recursion")
+SAME = ("vocab_size", "model_dim", "head_dim", "expert_dim", "ffn", "num_shared", "recursion", "top_k")
+SAME += ("gate", "renormalize", "split_top_k")
+STATEFUL = ("logit_residual", "ema", "gru")  # routers that start as the linear one
 
 
 class Ancestry(NamedTuple):
@@ -1798,8 +1859,7 @@ def warm_start(model: GPT, saved: dict[str, Any]) -> Tensor:
         require(
             getattr(c, key) == getattr(old, key), c, key, f"the source of --from has {getattr(old, key)!r}"
         )
-    if c.router == old.router:
-        require(c.router_dim == old.router_dim, c, "router_dim", f"the source of --from has {old.router_dim}")
+    check_routers(c, old)
     ancestry = find_ancestry(c, old, saved["usage"])
     kept_LS = inherited_edges(model, source, ancestry)
     theirs = dict(source.named_parameters())
@@ -1817,6 +1877,24 @@ def warm_start(model: GPT, saved: dict[str, Any]) -> Tensor:
                 copy_router(block.moe, source, ancestry, layer, home_rows=c.convert_rows == "home")
         copy_shared(model, source, ancestry)
     return kept_LS
+
+
+def check_routers(c: TrainConfig, old: TrainConfig) -> None:
+    """Mistake unless the model's routing can do what the source's did."""
+    theirs = f"the source of --from has {old.router}"
+    grows = old.router == "linear" and c.router in STATEFUL
+    require(c.router == old.router or grows, c, "router", f"{theirs}, which cannot become it")
+    if c.router == old.router:
+        for key in ("router_dim", "router_feedback"):
+            require(getattr(c, key) == getattr(old, key), c, key, f"{theirs} with {getattr(old, key)!r}")
+    learns = c.router != "norm" or c.num_universal == old.num_universal or c.convert_rows == "home"
+    require(learns, c, "convert_rows", "under router=norm a row of zeros never learns; set convert_rows=home")
+    deeper = c.depth > old.depth and old.router in STATEFUL
+    require(not deeper, c, "depth", f"{theirs}, whose state new layers would change; keep depth={old.depth}")
+    for key in ("layer_gate", "depth_embedding"):
+        require(getattr(c, key) or not getattr(old, key), c, key, "the source of --from has it; keep it")
+    kept = c.balance == "bias" or old.balance != "bias"
+    require(kept, c, "balance", "the source of --from chooses by biases; set balance=bias")
 
 
 def find_ancestry(c: TrainConfig, old: TrainConfig, usage_LS: Tensor) -> Ancestry:
@@ -1900,8 +1978,10 @@ def copy_router(moe: MoE, source: GPT, ancestry: Ancestry, layer: int, home_rows
         mine = getattr(moe, name, None)
         if name != "router" and mine is not None:
             mine.copy_(param)
-    if (moe.router_in is None) != (old.router_in is None):
-        return  # rows of another kind: the router starts afresh
+    if moe.sigma is not None:  # the scale that goes with the number of experts seen
+        seen, top_k = (len(m.visible) for m in (old, moe)), moe.config.top_k
+        before, after = (unit_norm_scale(number, top_k) for number in seen)
+        moe.sigma *= before / after
     columns = {expert: old.router[:, place] for place, expert in enumerate(old.visible)}
     others = {e: b.moe.router[:, place] for b in blocks for place, e in enumerate(b.moe.visible)}
     length = old.router.norm(dim=0).mean()

@@ -192,11 +192,24 @@ def forward(
 # --- losses -----------------------------------------------------------------------------------------------
 
 
-def exposure(open_LS: Tensor) -> list[float]:
+def fair_loads(c: Any, open_LS: Tensor) -> Tensor:
+    """Load of every open edge under uniform routing: with a split top-k each group has its own number of slots."""
+    own, fair_LS = c.depth * c.num_local, torch.zeros(open_LS.shape, dtype=torch.float64)
+    for layer, row in enumerate(open_LS):
+        seen = [j for j in range(len(row)) if row[j]]
+        groups = [[j for j in seen if j < own], [j for j in seen if j >= own]]
+        slots = [c.top_k - c.split_top_k, c.split_top_k]
+        if not c.split_top_k or not groups[1]:
+            groups, slots = [seen], [c.top_k]
+        for group, number in zip(groups, slots, strict=True):
+            for j in group:
+                fair_LS[layer, j] = number / c.top_k / len(group)
+    return fair_LS
+
+
+def exposure(fair_LS: Tensor) -> list[float]:
     """e_j, the load of stored expert j under uniform routing."""
-    widths = [row.sum().item() for row in open_LS]
-    layers, stored = open_LS.shape
-    return [sum(1 / widths[i] for i in range(layers) if open_LS[i, j]) for j in range(stored)]
+    return [sum(column.tolist()) for column in fair_LS.T]
 
 
 def in_scope(c: Any, values_LS: Tensor, *, rescale: bool) -> Tensor:
@@ -211,16 +224,12 @@ def in_scope(c: Any, values_LS: Tensor, *, rescale: bool) -> Tensor:
 def balance_loss(c: Any, load_LS: Tensor, prob_LS: Tensor, open_LS: Tensor) -> Tensor:
     load_LS = in_scope(c, load_LS.double(), rescale=True)
     prob_LS = in_scope(c, prob_LS, rescale=True)
-    open_LS = in_scope(c, open_LS, rescale=False)
-    layers, stored = open_LS.shape
+    fair_LS = in_scope(c, fair_loads(c, open_LS), rescale=True)
+    layers, stored = fair_LS.shape
     if c.balance == "layer":
-        widths = [int(row.sum()) for row in open_LS]
-        return (
-            c.balance_coeff
-            * sum(w * (f @ q) for w, f, q in zip(widths, load_LS, prob_LS, strict=True))
-            / layers
-        )
-    expected = exposure(open_LS) if c.balance == "uelb" else [layers / stored] * stored
+        edges = [(i, j) for i in range(layers) for j in range(stored) if fair_LS[i, j] > 0]
+        return c.balance_coeff / layers * sum(load_LS[e] * prob_LS[e] / fair_LS[e] for e in edges)
+    expected = exposure(fair_LS) if c.balance == "uelb" else [layers / stored] * stored
     power = c.exposure_power if c.balance == "uelb" else 1  # a pool loss expects the same of every expert
     total, whole = 0, 0
     for j, e in enumerate(expected):
@@ -256,7 +265,7 @@ def total_loss(
 def moved_bias(c: Any, bias_S: Tensor, load_LS: Tensor, open_LS: Tensor) -> Tensor:
     """The selection bias after a step: up where an expert had less than its exposure, down where more."""
     load_S = in_scope(c, load_LS.double(), rescale=True).sum(0)
-    expected = exposure(in_scope(c, open_LS, rescale=False))
+    expected = exposure(in_scope(c, fair_loads(c, open_LS), rescale=True))
     first = len(bias_S) - len(expected)
     moved = bias_S.double().clone()
     seen = [j for j, e in enumerate(expected) if e > 0]

@@ -70,13 +70,17 @@ def tiny(**changes) -> TrainConfig:
 
 
 def awake(config: TrainConfig) -> GPT:
-    """A model whose zero-born projections are random, so that every part moves the logits."""
+    """A model whose parameters born as constants are random, so that every part moves the logits."""
     model = GPT(config)
     stream = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, param in model.named_parameters():
             if name.endswith("out") or name == "head":
                 param.normal_(std=0.3, generator=stream)
+            elif name.rpartition(".")[2] in ts.BORN:
+                param.add_(torch.empty_like(param).normal_(std=0.3, generator=stream))
+        if model.balance_bias is not None:
+            model.balance_bias.normal_(std=0.3, generator=stream)
     return model
 
 
@@ -792,3 +796,98 @@ def test_a_model_over_bpe_tokens_and_the_corpus_it_needs(corpus, tmp_path, capsy
     for folder, words in ((tmp_path / "bpe", {}), (corpus, sizes), (corpus, {"vocab_size": 300})):
         assert run(folder, tmp_path / "no", **words) == 2
         assert "vocab_size=" in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_any_settings_make_a_config_that_resolves_to_itself_and_a_model_that_was_counted(data):
+    """Or they are refused in one line."""
+    names = (
+        "num_local",
+        "window",
+        "stride",
+        "layers_per_window",
+        "wrap",
+        "keep_home",
+        "untied_first",
+        "stages",
+    )
+    names += (
+        "stage_sharing",
+        "recursion",
+        "router",
+        "router_feedback",
+        "gate",
+        "renormalize",
+        "split_top_k",
+        "ffn",
+    )
+    names += (
+        "layer_gate",
+        "depth_embedding",
+        "balance",
+        "balance_scope",
+        "ramp",
+        "ramp_keep",
+        "router_boost",
+    )
+    names += ("topology", "num_shared", "num_universal", "optimizer")
+    small = {
+        "num_local": 6,
+        "window": 12,
+        "stride": 6,
+        "layers_per_window": 3,
+        "untied_first": 2,
+        "stages": 4,
+    }
+    small |= {"recursion": 3, "split_top_k": 2, "num_shared": 2, "num_universal": 12}
+    changes = {}
+    for spec in fields(TrainConfig):
+        if spec.name not in names or data.draw(st.booleans(), label=spec.name):
+            continue
+        if spec.type is bool:
+            values = st.booleans()
+        elif spec.metadata["choices"]:
+            values = st.sampled_from(spec.metadata["choices"])
+        elif spec.type is int:
+            values = st.integers(spec.metadata["low"], small[spec.name])
+        else:
+            values = st.sampled_from([spec.metadata["low"], 0.5, 1.0])
+        changes[spec.name] = data.draw(values, label=spec.name)
+    try:
+        config = resolve(tiny(depth=data.draw(st.integers(1, 5)), **changes))
+    except ts.Mistake as mistake:
+        assert "\n" not in str(mistake)
+        return
+    assert resolve(config) == config
+    trainer = ts.Trainer(GPT(config))
+    assert ts.count_params(config)["total"] == sum(p.numel() for p in trainer.model.parameters())
+    for step in range(2):
+        result = trainer.step(some_tokens(4, seed=step), some_tokens(4, seed=step + 9), step)
+        assert math.isfinite(result.nats) and all(p.isfinite().all() for p in trainer.model.parameters())
+    json.dumps(ts.describe(config), allow_nan=False)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize(
+    "change", [{"model_dim": 128}, {"batch_tokens": 64}, {"tokens": 12800}, {"num_local": 0}], ids=str
+)
+def test_weights_average_over_the_same_share_of_the_run(optimizer, change):
+    base, spans = {"optimizer": optimizer, "pool_lr_divisor": 0.5}, []
+    for changes in ({}, change):
+        config = resolve(tiny(**{**base, **changes}))
+        decayed = [g for g in ts.parameter_groups(GPT(config)) if g.weight_decay]
+        spans += [1 / (g.lr * g.weight_decay) / ts.num_steps(config) for g in decayed]
+    assert spans == pytest.approx([spans[0]] * len(spans))
+
+
+def test_a_split_choice_has_exposures_of_its_own():
+    """2 local and 4 of the pool, one slot each: an even choice gives 1/4 to a local edge, 1/8 to a pool edge."""
+    config = resolve(tiny(num_local=2, num_universal=4, topology="full", split_top_k=1))
+    edges_LS = ts.connectivity(config)
+    even_LS = torch.tensor([[0.25, 0.25, 0, 0] + [0.125] * 4, [0, 0, 0.25, 0.25] + [0.125] * 4])
+    assert ts.uniform_rate(config, edges_LS).tolist() == even_LS.tolist()
+    assert ts.load_over_exposure(config, even_LS, edges_LS).tolist() == [1.0] * 8
+    for balance in ("uelb", "layer"):
+        loss = ts.balance_loss(replace(config, balance=balance), even_LS, even_LS, edges_LS)
+        assert loss.item() == pytest.approx(config.balance_coeff)

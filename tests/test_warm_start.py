@@ -48,9 +48,15 @@ def closed_logits(model: GPT, kept_LS: torch.Tensor, tokens_BT: torch.Tensor) ->
 
 @pytest.mark.parametrize("rows", ["zero", "home"])
 @pytest.mark.parametrize("pick", ["random", "most_used", "least_used"])
-@pytest.mark.parametrize("router", ["linear", "gru", "logit_residual"])
-def test_a_mixture_becomes_a_pool_without_moving_a_logit(pick, rows, router):
-    source, tokens = awake(tiny(**MOE, num_shared=1)), some_tokens(4)
+@pytest.mark.parametrize(
+    "old, router",
+    [("linear", r) for r in ("linear", "gru", "logit_residual", "ema")]
+    + [(r, r) for r in ("norm", "mlp", "ema", "gru")],
+)
+def test_a_mixture_becomes_a_pool_without_moving_a_logit(pick, rows, old, router):
+    if (router, rows) == ("norm", "zero"):
+        pytest.skip("refused: see below")
+    source, tokens = awake(tiny(**MOE, num_shared=1, router=old)), some_tokens(4)
     target = GPT(tiny(**POOLED, num_shared=1, convert_pick=pick, convert_rows=rows, router=router))
     usage_LS = torch.rand(source.edges_LS.shape) * source.edges_LS
     kept_LS = ts.warm_start(target, saved(source, usage_LS))
@@ -90,7 +96,7 @@ def test_random_picks_follow_the_seed_and_are_stratified():
     "shape",
     [
         {"num_local": 2, "num_universal": 4, "window": 4, "topology": "full"},
-        {"num_local": 0, "num_universal": 8, "topology": "full", "router": "gru"},
+        {"num_local": 0, "num_universal": 8, "topology": "full", "router": "mlp", "balance": "bias"},
         {"num_local": 4, "num_universal": 0, "topology": "none", "num_shared": 1},
         {"ffn": "dense"},
     ],
@@ -125,6 +131,10 @@ def test_a_doubled_ring_keeps_its_windows():
         ({"num_local": 1, "num_universal": 16, "window": 8, "stride": 4}, ["num_universal=16", "4"]),
         ({"stride": 3}, ["keep_home"]),
         ({"depth": 8, "num_universal": 16}, ["first convert"]),
+        ({"top_k": 1}, ["top_k=1", "2"]),
+        ({"gate": "sigmoid"}, ["gate='sigmoid'", "softmax"]),
+        ({"router": "norm"}, ["router='norm'", "linear"]),
+        ({"router": "mlp"}, ["router='mlp'", "linear"]),
     ],
     ids=str,
 )
@@ -133,6 +143,35 @@ def test_what_cannot_be_converted_is_refused(changes, words):
     with pytest.raises(ts.Mistake) as error:
         ts.warm_start(target, saved(awake(tiny(**MOE))))
     assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(
+    ("had", "changes", "word"),
+    [
+        ({"router": "gru"}, {"router": "gru", "router_feedback": False}, "router_feedback"),
+        ({"router": "gru"}, {"router": "gru", "depth": 8}, "depth"),
+        ({"router": "gru"}, {}, "router"),
+        ({"layer_gate": True}, {}, "layer_gate"),
+        ({"depth_embedding": True}, {}, "depth_embedding"),
+        ({"balance": "bias"}, {}, "balance"),
+        ({"router": "norm"}, {**POOLED, "router": "norm"}, "convert_rows"),
+    ],
+    ids=str,
+)
+def test_nothing_the_source_had_is_dropped(had, changes, word):
+    with pytest.raises(ts.Mistake, match=word):
+        ts.warm_start(GPT(tiny(**{**MOE, **changes})), saved(awake(tiny(**MOE, **had))))
+
+
+@pytest.mark.parametrize(
+    "extra", [{"depth_embedding": True, "layer_gate": True, "balance": "bias"}, {"router": "ema"}]
+)
+def test_the_same_model_goes_on_as_it_was(extra):
+    source, tokens = awake(tiny(**POOLED, **extra)), some_tokens(4)
+    target = GPT(tiny(**POOLED, **extra, seed=9))
+    kept_LS = ts.warm_start(target, saved(source))
+    assert kept_LS.equal(target.edges_LS) and target(tokens).equal(source(tokens))
+    assert all(target.state_dict()[name].equal(value) for name, value in source.state_dict().items())
 
 
 def test_keep_home_makes_any_stride_convertible():
@@ -184,10 +223,18 @@ ts.main(sys.argv[1:])
 
 @pytest.mark.parametrize(
     "changes",
-    [{"ramp": "random", "balance_batch": "lagged"}, {"optimizer": "adamw", "balance": "bias"}],
+    [
+        {"ramp": "random", "balance_batch": "lagged", "ramp_end": 0.9},
+        {"optimizer": "adamw", "balance": "bias"},
+        {"from": True, **POOLED, "ramp": "distance", "ramp_end": 0.9, "keep_home": True, "stride": 3},
+    ],
     ids=str,
 )
 def test_a_killed_run_ends_as_if_nothing_had_happened(changes, corpus, tmp_path):
+    options, changes = [], dict(changes)
+    if changes.pop("from", False):
+        assert run(corpus, tmp_path / "moe", **MOE) == 0
+        options = ["--from", str(tmp_path / "moe" / "checkpoint.pt")]
     settings = {
         **TINY,
         "tokens": 128 * 60,
@@ -196,7 +243,7 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(changes, corpus, tmp_path)
         "save_every": 10,
         **changes,
     }
-    words = [f"{key}={value}" for key, value in settings.items()]
+    words = [*(f"{key}={value}" for key, value in settings.items()), *options]
     assert ts.main([*words, "--out", str(tmp_path / "whole")]) == 0
     environment = {**os.environ, "PYTHONPATH": str(TRAINER.parent), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", DYING, *words, "--out", str(tmp_path / "killed")]
@@ -207,6 +254,8 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(changes, corpus, tmp_path)
     assert ts.main([*words, "--out", str(tmp_path / "killed")]) == 0
     one, two = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert all(one[name].equal(two[name]) for name in one)
+    usages = [torch.load(tmp_path / name / "checkpoint.pt")["usage"] for name in ("whole", "killed")]
+    assert usages[0].equal(usages[1])
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "killed")
     assert not state.exists()
 
@@ -216,8 +265,31 @@ def test_the_state_of_another_run_is_refused(corpus, tmp_path, capsys):
     trainer = ts.Trainer(GPT(tiny(seed=5)))
     ts.save(
         tmp_path / "state.pt",
-        trainer.state() | {"config": {}, "step": 3, "seconds": 1.0, "nats": [], "checks": []},
+        trainer.state() | {"identity": {}, "step": 3, "seconds": 1.0, "nats": [], "checks": []},
     )
     assert ts.main([*words, "--out", str(tmp_path)]) == 2
     assert "another run" in capsys.readouterr().err.splitlines()[-1]
     assert Path(tmp_path / "state.pt").exists()
+
+
+def test_a_state_goes_with_its_source_and_a_torn_one_is_one_line(corpus, tmp_path, capsys):
+    assert run(corpus, tmp_path / "moe", **MOE) == 0
+    words = [f"{k}={v}" for k, v in {**TINY, **MOE, "corpus": corpus, "save_every": 1}.items()]
+    out, options = tmp_path / "out", ["--from", str(tmp_path / "moe" / "checkpoint.pt")]
+    subprocess.run(
+        [sys.executable, "-c", DYING.replace("29", "5"), *words, *options, "--out", str(out)],
+        env={**os.environ, "PYTHONPATH": str(TRAINER.parent)},
+        stderr=subprocess.DEVNULL,
+    )
+    assert (out / "state.pt").exists()
+    assert ts.main([*words, "--out", str(out)]) == 2
+    assert "another run" in capsys.readouterr().err
+    (out / "state.pt").write_bytes((out / "state.pt").read_bytes()[:5000])
+    assert ts.main([*words, *options, "--out", str(out)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"train_small.py: --out {out}: cannot be used")
+
+
+def test_a_failed_run_leaves_no_checkpoint_of_the_one_before(corpus, tmp_path):
+    assert run(corpus, tmp_path) == 0 and (tmp_path / "checkpoint.pt").exists()
+    assert run(corpus, tmp_path, matrix_lr=90, embed_lr=90, head_lr=90, tokens=6400) == 3
+    assert not (tmp_path / "checkpoint.pt").exists()
