@@ -137,7 +137,9 @@ class TrainConfig:
     balance_batch: str = setting("global", "tokens whose load counts", choices=("global", "micro", "lagged"))
     bias_rate: float = setting(0.001, "balance=bias: change of an expert's bias in a step", 0.0, 1.0)
     zloss_coeff: float = setting(1e-4, "weight of the squared logsumexp of router logits", 0.0, 1.0)
-    collapse_limit: float = setting(-1, "max_over_exposure to stop at; 0: never", 0.0, 1e6, derived=True)
+    collapse_limit: float = setting(
+        -1, "max_over_exposure to stop at; -1: nearly the worst; 0: never", 0.0, 1e6, derived=True
+    )
     dead_limit: float = setting(1.0, "share of dead experts above which to stop; 1: never", 0.0, 1.0)
 
     ramp: str = setting(
@@ -265,9 +267,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
     resolve_windows(c)
     resolve_routing(c)
     check_visibility(c)
-    if c.collapse_limit == -1:  # routing can do no worse than width / top_k
+    if c.collapse_limit == -1:  # routing can do no worse than width / top_k; the score judges all but that
         worst = int(_edges(c).sum(1).max()) / c.top_k
-        c.collapse_limit = min(SATURATED_ABOVE, 0.99 * worst) if worst > 1 else 0.0
+        c.collapse_limit = 0.99 * worst if worst > 1 else 0.0
     if c.matrix_lr == -1:
         c.matrix_lr = MATRIX_LR[c.optimizer]
     if c.tokens == -1:
