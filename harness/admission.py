@@ -41,7 +41,10 @@ class Describer:
         self.baseline = self.facts({})
         self.start: str | None = None  # of every training: the source's id, or a checkpoint's sha256
         if space.source.settings is not None:
-            self.start = self.candidate_id(self.facts(space.source.settings))
+            try:
+                self.start = self.candidate_id(self.facts(space.source.settings))
+            except UserError as error:
+                raise UserError(f"[source]: {error}") from None
         elif space.source.checkpoint is not None:
             self.start = _checkpoint_sha256(Path(space.source.checkpoint))
 

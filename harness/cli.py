@@ -115,7 +115,7 @@ def search(space: Path, proposers: str | None, as_json: bool, **options: Any) ->
     shares = parse_shares(proposers) if proposers else None
     try:
         paths, reason = run_search(space, Options(proposers=shares, **options))
-    except EndedEarly:
+    except (EndedEarly, WorkFailed):
         _write_report(options["study"] or load_space(space).name)
         raise
     except ClusterLost as loss:

@@ -38,13 +38,16 @@ def _is_over(view: StudyView, candidate: str, rung: int, seed: int) -> bool:
 
 
 def entrants(view: StudyView, rung: int) -> list[str]:
-    """Candidates that climb to `rung` now: those on their way, and the latest keeps within the rung's quota.
+    """Candidates that climb to `rung` now: those on their way, and the latest keeps within the rung's quota; the best,
+    once all are decided, where each is measured against the baseline.
 
     Above the second rung only those climb that gained on the rung below; a refusal of a person's bars the way.
     """
     decided = {e["candidate"] for e in view.promoted if e["rung"] == rung}
     if rung == 1:
         ready = view.incumbents[:0:-1]
+        if view.space.decision.against == "baseline":  # keeps that do not build on each other: the best climb
+            ready = [] if view.open else sorted(ready, key=lambda c: -view.candidates[c].last["delta"])
     else:
         gained = [e for e in view.promoted if e["rung"] == rung - 1 and (e["delta"] or 0) > 0]
         ready = [e["candidate"] for e in sorted(gained, key=lambda e: -e["delta"])]

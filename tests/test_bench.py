@@ -6,6 +6,7 @@ pytest tests/test_bench.py
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -86,6 +87,9 @@ def test_a_verdict_knows_which_way_is_better(bench):
 def test_every_target_is_of_a_figure_and_a_shape_that_exist(bench):
     shapes = {at for shapes in bench.SHAPES.values() for at in shapes} | {""}
     assert {at for targets in bench.TARGETS.values() for at in targets} <= shapes
+    written = json.loads((BENCH / "results" / "trainer_cpu.json").read_text())["figures"]
+    on_cuda = {name for name in bench.TARGETS if name.startswith(("MFU", "host syncs"))}
+    assert bench.TARGETS.keys() - on_cuda <= {figure["name"] for figure in written}
 
 
 def test_all_take_equal_turns_and_each_begins_in_turn(bench):

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import story
 from conftest import BIGRAM
 from scipy import stats as textbook
 from story import BASE, Story
@@ -26,7 +27,7 @@ from story import BASE, Story
 from harness.errors import UserError
 from harness.ledger import Ledger
 from harness.night import Options, run_search
-from harness.promote import expected_runs
+from harness.promote import entrants, expected_runs
 from harness.purse import Purse
 from harness.records import LISTED_ARM, SOURCE_ARM, Status, TrialState, seed_of, trial_id
 from harness.report import audit, build, comparison, write_report
@@ -205,6 +206,24 @@ def test_a_fixed_standard_is_controlled_by_all_decisions() -> None:
     story = Story(space).begun().proposed("a").verdict("a", "discard").proposed("b").verdict("b", "keep")
     view = story.view()
     assert (view.incumbents, view.incumbent, view.decisions_since_keep) == ([BASE, "b"], BASE, 2)
+
+
+def test_the_best_keep_climbs_once_all_are_decided_when_each_stands_alone() -> None:
+    for against, climbs in (("baseline", ["best"]), ("incumbent", ["least"])):
+        space = {**story.SPACE, "decision": {"against": against}}
+        told = story.Story(space).begun()
+        for name in ("middle", "best", "least", "open"):
+            told.proposed(name)
+        for name, delta in (("middle", 0.2), ("best", 0.3), ("least", 0.1)):
+            told.tell(
+                "verdict", candidate=name, verdict="keep", provisional=False, n=6, delta=delta, stage="audit"
+            )
+        if against == "baseline":
+            assert entrants(told.view(), 1) == [], "one is still open"
+        told.tell(
+            "verdict", candidate="open", verdict="discard", provisional=False, n=1, delta=-1.0, stage="look"
+        )
+        assert entrants(told.view(), 1) == climbs
 
 
 def test_designs_come_before_what_the_arms_propose_and_samplers_hear_of_points_alone(workshop: Path) -> None:

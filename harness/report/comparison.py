@@ -18,7 +18,8 @@ COUNTS = {"stored": "params_total", "active": "params_active", "FLOPs": "flops_p
 NOTE = (
     "One row a design of the search-space file. The gain is the mean over shared seeds of the baseline's bits per "
     "byte minus the design's, on the search split, with a paired t interval that is not widened for the number of "
-    f"designs; train s is the median of its runs. Equal is what lies within {100 * EQUAL:g} % of the baseline's."
+    "designs; a kept row includes the runs it was chosen on, its audit below does not. train s is the median of its "
+    f"runs. Equal is what lies within {100 * EQUAL:g} % of the baseline's."
 )
 
 

@@ -86,14 +86,15 @@ def _card(view: StudyView, c: Candidate) -> Section:
         _review(view, c),
         _price(view, c),
     ]
-    lines[1] += (" runs against ", audit.m, " of the incumbent ", Code(event["against"]))
+    rival = view.space.decision.against
+    lines[1] += (" runs against ", audit.m, f" of the {rival} ", Code(event["against"]))
     if event["against"] != view.baseline:
         lines.insert(1, ("Against its incumbent: ", *changes(view, c, event["against"])))
     blocks = [Bullets(tuple(lines)), _looks(c)]
     gains = _paired_gains(view, c)
     if gains:
         data = Paired(gains, audit.delta, audit.low, audit.high)
-        alt = f"Audit of {c.id}: gain over the incumbent seed by seed, with the estimate and its interval"
+        alt = f"Audit of {c.id}: gain over the {rival} seed by seed, with the estimate and its interval"
         blocks.append(Figure(f"audit-{c.id}", alt, data))
     return Section(f"{c.name} {c.id}".strip(), tuple(blocks))
 

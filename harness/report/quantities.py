@@ -119,7 +119,8 @@ def whole_gain(view: StudyView) -> Line:
 def starting_point(view: StudyView) -> list[str]:
     """What every training went on from, as a sentence; none where they began from nothing."""
     if view.source:
-        return [f"every other run of a rung went on from candidate {view.source}'s run there"]
+        run = f"every other run of a rung went on from candidate {view.source}'s run there"
+        return [f"{run}: intervals hold for that one source, another may move them"]
     if path := view.space.source.checkpoint:
         return [f"every run went on from {plain(path)}, sha256 {view.opened['source']}"]
     return []
